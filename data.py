@@ -1,0 +1,508 @@
+"""Worlds and trajectories: the environments, random-policy collection, the data set on disk, its windows.
+
+PointMaze is Gymnasium-Robotics' maze (its MuJoCo model and physics) seen from straight above. One
+environment step is five physics steps of 0.01 s, the speed clipped to +-5 m/s before each, as in D4RL's
+maze2d (Fu et al., 2020, arXiv:2004.07219), on which DINO-WM (Zhou et al., 2024, arXiv:2411.04983) plans.
+
+A data set is a folder of flat arrays, one row per *model step* (`frameskip` environment steps):
+
+    frames   (S, H, W, 3) uint8     what is seen at the row
+    states   (S, P) float32         the true state at the row; for PointMaze also its proprioception
+    actions  (S, frameskip*DoF)     the environment actions taken from this row on, concatenated
+    rewards  (S,), dones (S,)       what these actions earned, and whether they ended the episode
+    episode_ends (E,)               row behind the last one of each episode
+    meta.json                       environment, seed, policy, image size, frameskip, version
+
+Frames between two rows are never rendered: with `frameskip=5` that makes collection five times as fast.
+
+    python data.py --env pointmaze --episodes 2000        # collect into datasets/pointmaze
+    python data.py --inspect datasets/pointmaze           # shapes, statistics, contact_sheet.png
+    python data.py --bench                                # frames and physics steps per second
+"""
+
+import argparse
+import contextlib
+import errno
+import io
+import json
+import multiprocessing as mp
+import os
+import shutil
+import sys
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from pathlib import Path
+
+if sys.platform.startswith("linux"):
+    os.environ.setdefault("MUJOCO_GL", "egl")  # render without a screen; must be set before mujoco is imported
+
+import gymnasium as gym
+import numpy as np
+from tqdm import tqdm
+
+VERSION = 1  # of the format on disk
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What every script shares: how an error of the user's ends, and how a file is written whole or not at all
+
+
+class UserError(Exception):
+    """Something that the user can put right. Its text is one line that says what to do."""
+
+
+def run_script(main):
+    """Runs a script's `main`: an error that a user can cause is one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_complain(error))
+    except OSError as error:
+        if error.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EACCES,
+            errno.EPERM,
+            errno.EROFS,
+            errno.ENOTDIR,
+        ):
+            raise
+        sys.exit(_complain(f"cannot write {error.filename or 'the output'}: {error.strerror}"))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _complain(message):
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def positive(text):
+    """An `argparse` type: an integer of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)
+
+
+def write_atomic(path, write):
+    """Calls `write(temporary_path)`, then renames: `path` is either whole or as it was before."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The environments
+
+
+class PointMaze(gym.Env):
+    """A force-actuated ball in a maze, seen from straight above.
+
+    State and proprioception (x, y, vx, vy) in metres and m/s; action in [-1, 1]^2, the force on the ball.
+    Reward exp(-distance to the goal), as D4RL's dense one. Never terminates; the caller sets the length.
+
+    Args:
+        maze: `UMaze`, `Medium` or `Large`, the package's maps.
+        img_size: side of the square frames in pixels.
+    """
+
+    DT, PHYSICS_STEPS, MAX_SPEED, BALL_RADIUS, REACHED = 0.01, 5, 5.0, 0.1, 0.5
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+    render_mode = "rgb_array"
+
+    def __init__(self, maze="UMaze", img_size=64):
+        with contextlib.redirect_stderr(io.StringIO()):  # it prints news of environments that are not used here
+            import gymnasium_robotics
+        import mujoco
+
+        gym.register_envs(gymnasium_robotics)
+        env = gym.make(f"PointMaze_{maze}-v3").unwrapped
+        Path(env.tmp_xml_file_path).unlink(missing_ok=True)
+        self.mujoco, self.model = mujoco, env.point_env.model
+        self.model.opt.timestep = self.DT
+        self.data = mujoco.MjData(self.model)
+        self.free = np.array(env.maze.maze_map) != 1  # (rows, cols), each cell 1 m x 1 m, centred on the origin
+        self.img_size, self._renderer = img_size, None
+        self.goal = self.cell_center(*np.argwhere(self.free)[0])
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self.observation_space = gym.spaces.Dict(
+            visual=gym.spaces.Box(0, 255, (img_size, img_size, 3), np.uint8),
+            proprio=gym.spaces.Box(-np.inf, np.inf, (4,), np.float32),
+        )
+
+    def cell_center(self, row, col):
+        """(x, y) of the middle of a cell: x grows with the column, y falls with the row."""
+        rows, cols = self.free.shape
+        return np.array([col + 0.5 - cols / 2, rows / 2 - row - 0.5])
+
+    def sample_state(self, rng):
+        """A state (4,) with the ball anywhere it fits, uniformly, and a uniform velocity in [-5, 5]^2."""
+        half = np.array(self.free.shape[::-1]) / 2  # (x, y)
+        touch = self.BALL_RADIUS + 0.02
+        while True:
+            xy = rng.uniform(touch - half, half - touch)
+            cols, rows = (xy[0] + half[0] + [-touch, touch]), (half[1] - xy[1] + [-touch, touch])
+            if self.free[np.ix_(np.floor(rows).astype(int), np.floor(cols).astype(int))].all():
+                return np.concatenate([xy, rng.uniform(-self.MAX_SPEED, self.MAX_SPEED, 2)])
+
+    @property
+    def state(self):
+        return np.concatenate([self.data.qpos, self.data.qvel])
+
+    def set_state(self, state):
+        """Puts the ball at `state` (4,), at rest in every other respect, and returns what is seen there."""
+        self.mujoco.mj_resetData(self.model, self.data)
+        self.data.qpos[:], self.data.qvel[:] = state[:2], state[2:]
+        return self.observe()
+
+    def goal_reached(self, state, goal):
+        """Whether states (..., 4) lie within 0.5 m of goals (..., 4); their speeds do not matter (DINO-WM)."""
+        return np.linalg.norm(np.asarray(state)[..., :2] - np.asarray(goal)[..., :2], axis=-1) < self.REACHED
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.set_state(self.sample_state(self.np_random)), {}
+
+    def step(self, action, render=True):
+        """One environment step, 0.05 s. With `render=False` the observation is None, and the step cheap."""
+        self.data.qvel[:] = np.clip(self.data.qvel, -self.MAX_SPEED, self.MAX_SPEED)
+        self.data.ctrl[:] = np.clip(action, -1, 1)
+        self.mujoco.mj_step(self.model, self.data, self.PHYSICS_STEPS)
+        reward = float(np.exp(-np.linalg.norm(self.data.qpos - self.goal)))
+        return (self.observe() if render else None), reward, False, False, {"state": self.state}
+
+    def observe(self):
+        return {"visual": self.render(), "proprio": self.state.astype(np.float32)}
+
+    def render(self):
+        """The frame (H, W, 3) uint8: orthographic, the whole maze, the goal marker hidden."""
+        mujoco = self.mujoco
+        if self._renderer is None:
+            visual = self.model.vis
+            visual.global_.offwidth = visual.global_.offheight = self.img_size
+            visual.global_.fovy = max(self.free.shape)  # an orthographic camera's field of view is in metres
+            visual.global_.ipd = 0  # one eye, in the middle
+            self.model.site("target").rgba[:] = 0
+            try:
+                self._renderer = mujoco.Renderer(self.model, self.img_size, self.img_size)
+            except Exception as error:  # a missing library shows itself differently on every system
+                raise UserError(
+                    f"MuJoCo cannot render ({type(error).__name__}, MUJOCO_GL={os.environ.get('MUJOCO_GL')}): "
+                    "install a GL library (Debian, Ubuntu: apt-get install libegl1 libgl1-mesa-dri), "
+                    "or try MUJOCO_GL=osmesa with libosmesa6"
+                ) from error
+            for flag in ("mjRND_SHADOW", "mjRND_REFLECTION", "mjRND_SKYBOX", "mjRND_HAZE"):  # a third faster
+                self._renderer.scene.flags[getattr(mujoco.mjtRndFlag, flag)] = False
+            self._camera = mujoco.MjvCamera()
+            self._camera.azimuth, self._camera.elevation, self._camera.distance = 90, -90, 10
+            self._camera.orthographic = 1
+        mujoco.mj_forward(self.model, self.data)
+        self._renderer.update_scene(self.data, self._camera)
+        return self._renderer.render()
+
+    def close(self):
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+
+
+ENVIRONMENTS = {
+    "pointmaze": lambda img_size: PointMaze("UMaze", img_size),
+    "pointmaze-medium": lambda img_size: PointMaze("Medium", img_size),
+    "pointmaze-large": lambda img_size: PointMaze("Large", img_size),
+}
+
+
+def make_env(name, img_size=64):
+    """The environment called `name`, its observation {"visual": (H, W, 3) uint8, "proprio": (P,) float32}."""
+    if name not in ENVIRONMENTS:
+        raise UserError(f"unknown environment '{name}'; known: {', '.join(ENVIRONMENTS)}")
+    return ENVIRONMENTS[name](img_size)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Collection
+
+
+class NpyWriter:
+    """A .npy file that grows row by row: its header leaves room for any number of rows and is set last."""
+
+    def __init__(self, path, like):
+        self.file, self.dtype, self.shape, self.rows = open(path, "wb"), like.dtype, like.shape[1:], 0
+        self._header()
+
+    def _header(self):
+        descr = np.lib.format.dtype_to_descr(self.dtype)
+        shape = (self.rows, *self.shape)
+        header = {"descr": descr, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    def append(self, rows):
+        self.file.write(np.ascontiguousarray(rows, self.dtype))
+        self.rows += len(rows)
+
+    def close(self):
+        self.file.seek(0)
+        self._header()
+        self.file.close()
+
+
+def _die_with_parent():
+    """Ends a worker whose parent was killed: it would wait for work for ever."""
+    parent = mp.parent_process().sentinel
+    threading.Thread(target=lambda: (wait([parent]), os._exit(1)), daemon=True).start()
+
+
+def parallel(function, items, workers, initializer=None, initargs=()):
+    """Yields `function(item)` in order, computed by `workers` processes; a worker that dies raises."""
+    context = mp.get_context("fork" if sys.platform.startswith("linux") else "spawn")
+
+    with ProcessPoolExecutor(workers, context, _start_worker, (initializer, initargs)) as pool:
+        try:
+            yield from pool.map(function, items, chunksize=4)
+        except BrokenProcessPool:
+            raise UserError("a worker process died (out of memory?): try fewer --workers") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(initializer, initargs):
+    _die_with_parent()
+    if initializer is not None:
+        initializer(*initargs)
+
+
+def _make_worker_env(name, img_size):
+    global _env
+    _env = make_env(name, img_size)
+
+
+def _random_episode(job):
+    """One episode of uniformly random actions from a random state; seeded by (seed, episode) alone."""
+    seed, episode, steps, frameskip = job
+    rng = np.random.default_rng([seed, episode])
+    obs = _env.set_state(_env.sample_state(rng))
+    rows = {"frames": [], "states": [], "actions": [], "rewards": [], "dones": []}
+    for step in range(steps):
+        rows["frames"].append(obs["visual"])
+        rows["states"].append(_env.state.astype(np.float32))
+        actions = rng.uniform(-1, 1, (frameskip, *_env.action_space.shape)).astype(np.float32)
+        reward = 0.0
+        for i, action in enumerate(actions):
+            obs, r, *_ = _env.step(action, render=i == frameskip - 1 and step < steps - 1)
+            reward += r
+        rows["actions"].append(actions.ravel())
+        rows["rewards"].append(np.float32(reward))
+        rows["dones"].append(False)
+    return {name: np.stack(values) for name, values in rows.items()}
+
+
+def write_dataset(out, episodes, total, meta, overwrite=False):
+    """Writes episodes (dicts of arrays, one row per model step) as they come into the folder `out`.
+
+    The folder gets its name when it is whole: a run that is killed, or a full disk, leaves no half data set.
+    """
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} is already there: give another --out, or --overwrite")
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what a killed run may have left
+    try:
+        partial.mkdir(parents=True)
+        writers, ends = None, []
+        for episode in tqdm(episodes, total=total, desc=f"collect {meta['env']}", unit="episode"):
+            writers = writers or {name: NpyWriter(partial / f"{name}.npy", a) for name, a in episode.items()}
+            for name, rows in episode.items():
+                writers[name].append(rows)
+            ends.append(writers["frames"].rows)
+        for writer in writers.values():
+            writer.close()
+        np.save(partial / "episode_ends.npy", np.array(ends))
+        (partial / "meta.json").write_text(json.dumps({**meta, "version": VERSION, "rows": ends[-1]}, indent=1))
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return Dataset(out)
+
+
+def collect(out, env, episodes, steps, frameskip, img_size, seed=0, workers=None, overwrite=False):
+    """Collects `episodes` random-policy episodes of `steps` rows into the folder `out`, in `workers` processes.
+
+    Episode i depends on (seed, i) only, not on the number of workers.
+    """
+    make_env(env, img_size).close()  # an unknown name fails here, in one line, and not in a worker
+    jobs = [(seed, episode, steps, frameskip) for episode in range(episodes)]
+    results = parallel(_random_episode, jobs, workers or os.cpu_count(), _make_worker_env, (env, img_size))
+    meta = dict(env=env, seed=seed, policy="uniform", img_size=img_size, frameskip=frameskip)
+    return write_dataset(out, results, episodes, meta, overwrite)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The data set, read
+
+
+class Dataset:
+    """A folder written by `collect`, memory-mapped: `.frames`, `.states`, `.actions`, `.rewards`, `.dones`,
+    `.episode_ends`, and `.meta`. A folder that is missing, foreign or truncated raises a UserError."""
+
+    ARRAYS = ("frames", "states", "actions", "rewards", "dones")
+
+    def __init__(self, path):
+        self.path = Path(path)
+        if not (self.path / "meta.json").is_file():
+            raise UserError(f"no data set at {path} (no meta.json there): python data.py --out {path}")
+        try:
+            self.meta = json.loads((self.path / "meta.json").read_text())
+            if self.meta.get("version") != VERSION:
+                raise ValueError(f"its version is {self.meta.get('version')}, not {VERSION}")
+            self.episode_ends = np.load(self.path / "episode_ends.npy")
+            for name in self.ARRAYS:
+                array = np.load(self.path / f"{name}.npy", mmap_mode="r")
+                if len(array) != self.meta["rows"]:
+                    raise ValueError(f"{name}.npy has {len(array)} rows, not {self.meta['rows']}")
+                setattr(self, name, array)
+        except (OSError, ValueError, KeyError, EOFError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{path} is not a whole data set ({reason}): collect it again with data.py") from None
+        self.episode_starts = np.concatenate([[0], self.episode_ends[:-1]])
+
+    def __len__(self):
+        return len(self.episode_ends)
+
+    def split(self, val_fraction=0.1, seed=42):
+        """Episode numbers (train, validation); the same whatever the seed of the run, as in DINO-WM."""
+        order = np.random.default_rng(seed).permutation(len(self))
+        cut = max(1, round(val_fraction * len(self)))
+        return np.sort(order[cut:]), np.sort(order[:cut])
+
+    def rows(self, episodes):
+        """All rows of these episodes."""
+        return np.concatenate([np.arange(self.episode_starts[e], self.episode_ends[e]) for e in episodes])
+
+    def statistics(self, episodes):
+        """Per-dimension (mean, std) of one environment action and of the state, over these episodes."""
+        rows = self.rows(episodes)
+        actions = self.actions[rows].reshape(-1, self.actions.shape[1] // self.meta["frameskip"])
+        values = {"action": actions, "proprio": self.states[rows]}
+        return {name: (v.mean(0), v.std(0) + 1e-6) for name, v in values.items()}
+
+
+class Windows:
+    """Windows of `num_frames` model steps, `frameskip` environment steps apart, within single episodes.
+
+    If the data set was recorded with a finer frameskip, every row starts a window and the actions of the
+    rows between two model steps are concatenated, as in DINO-WM's TrajSlicerDataset.
+    """
+
+    def __init__(self, dataset, episodes, num_frames, frameskip):
+        recorded = dataset.meta["frameskip"]
+        if frameskip % recorded:
+            raise UserError(f"--frameskip {frameskip} is not a multiple of the data set's own {recorded}")
+        self.dataset, self.stride, self.num_frames = dataset, frameskip // recorded, num_frames
+        span = self.stride * num_frames
+        starts, ends = dataset.episode_starts[episodes], dataset.episode_ends[episodes] - span + 1
+        if not (starts < ends).any():
+            raise UserError(
+                f"no episode of {dataset.path} is as long as a window: {span} rows "
+                f"(num_hist + num_pred = {num_frames} model steps), the longest has {(ends - starts).max() + span - 1}"
+            )
+        self.starts = np.concatenate([np.arange(s, e) for s, e in zip(starts, ends, strict=True)])
+
+    def __len__(self):
+        return len(self.starts)
+
+    def batch(self, indices, tokens):
+        """Windows `indices` as arrays: visual (B, T, N, d) out of `tokens` (S, N, d), proprio (B, T, P), and
+        action (B, T, frameskip*DoF)."""
+        first = self.starts[indices]
+        rows = first[:, None] + self.stride * np.arange(self.num_frames)  # (B, T)
+        every = first[:, None] + np.arange(self.stride * self.num_frames)
+        action = self.dataset.actions[every].reshape(*rows.shape, -1)
+        return {"visual": tokens[rows], "proprio": self.dataset.states[rows], "action": action}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Looking at it
+
+
+def inspect(path):
+    """Prints shapes and statistics, and draws eight episodes into `contact_sheet.png`."""
+    import imageio.v3 as imageio
+
+    dataset = Dataset(path)
+    print("  ".join(f"{key} {value}" for key, value in dataset.meta.items()))
+    lengths = dataset.episode_ends - dataset.episode_starts
+    print(f"{len(dataset)} episodes of {lengths.min()} to {lengths.max()} rows (mean {lengths.mean():.1f})\n")
+    print(f"{'array':8} {'shape':22} {'dtype':8} {'min':>8} {'mean':>8} {'std':>8} {'max':>8}")
+    for name in dataset.ARRAYS:
+        array = getattr(dataset, name)
+        sample = np.asarray(array[:: max(1, len(array) // 4096)], np.float32)  # frames: a sample is enough
+        stats = " ".join(f"{f(sample):8.3f}" for f in (np.min, np.mean, np.std, np.max))
+        print(f"{name:8} {str(array.shape):22} {str(array.dtype):8} {stats}")
+    strips = []
+    for start, end in list(zip(dataset.episode_starts, dataset.episode_ends, strict=True))[:8]:
+        rows = np.linspace(start, end - 1, 10).round().astype(int)
+        frames = np.pad(dataset.frames[rows], ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+        strips.append(np.concatenate(frames, axis=1))
+    sheet = np.concatenate(strips)
+    write_atomic(dataset.path / "contact_sheet.png", lambda p: imageio.imwrite(p, sheet))
+    print(f"\ncontact sheet (an episode a row, time to the right): {dataset.path / 'contact_sheet.png'}")
+
+
+def bench(env_name, img_size):
+    env = make_env(env_name, img_size)
+    env.reset(seed=0)
+    for what, render in (("rendered", True), ("physics only", False)):
+        start, n = time.perf_counter(), 0
+        while time.perf_counter() - start < 2:
+            env.step(env.action_space.sample(), render)
+            n += 1
+        print(f"{env_name} {img_size}x{img_size}, {what}: {n / 2:.0f} environment steps/s per process")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--env", default="pointmaze", help=f"one of {', '.join(ENVIRONMENTS)}")
+    parser.add_argument("--episodes", type=positive, default=2000, help="episodes to collect")
+    parser.add_argument("--steps", type=positive, default=20, help="model steps (rows) per episode")
+    parser.add_argument("--frameskip", type=positive, default=5, help="environment steps per model step")
+    parser.add_argument("--img-size", type=positive, default=64, help="side of the frames in pixels")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes")
+    parser.add_argument("--out", help="folder to write (default: datasets/ENV)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it is there")
+    parser.add_argument("--inspect", metavar="DIR", help="describe a data set instead of collecting one")
+    parser.add_argument("--bench", action="store_true", help="measure instead of collecting")
+    args = parser.parse_args()
+    if args.inspect:
+        return inspect(args.inspect)
+    if args.bench:
+        return bench(args.env, args.img_size)
+    out = Path(args.out or f"datasets/{args.env}")
+    dataset = collect(
+        out,
+        args.env,
+        args.episodes,
+        args.steps,
+        args.frameskip,
+        args.img_size,
+        args.seed,
+        args.workers,
+        args.overwrite,
+    )
+    print(f"{len(dataset)} episodes, {len(dataset.frames)} frames in {out}")
+
+
+if __name__ == "__main__":
+    run_script(main)
