@@ -130,7 +130,7 @@ class PointMaze(gym.Env):
         self.model.opt.timestep = self.DT
         self.data = mujoco.MjData(self.model)
         self.free = np.array(env.maze.maze_map) != 1  # (rows, cols), each cell 1 m x 1 m, centred on the origin
-        self.img_size, self._renderer = img_size, None
+        self.img_size, self._renderer, self._rollout = img_size, None, None
         self.goal = self.cell_center(*np.argwhere(self.free)[0])
         self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
         self.observation_space = gym.spaces.Dict(
@@ -158,10 +158,9 @@ class PointMaze(gym.Env):
         return np.concatenate([self.data.qpos, self.data.qvel])
 
     def set_state(self, state):
-        """Puts the ball at `state` (4,), at rest in every other respect, and returns what is seen there."""
+        """Puts the ball at `state` (4,), with nothing left of what was before."""
         self.mujoco.mj_resetData(self.model, self.data)
         self.data.qpos[:], self.data.qvel[:] = state[:2], state[2:]
-        return self.observe()
 
     def goal_reached(self, state, goal):
         """Whether states (..., 4) lie within 0.5 m of goals (..., 4); their speeds do not matter (DINO-WM)."""
@@ -169,7 +168,8 @@ class PointMaze(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        return self.set_state(self.sample_state(self.np_random)), {}
+        self.set_state(self.sample_state(self.np_random))
+        return self.observe(), {}
 
     def step(self, action, render=True):
         """One environment step, 0.05 s. With `render=False` the observation is None, and the step cheap."""
@@ -178,6 +178,22 @@ class PointMaze(gym.Env):
         self.mujoco.mj_step(self.model, self.data, self.PHYSICS_STEPS)
         reward = float(np.exp(-np.linalg.norm(self.data.qpos - self.goal)))
         return (self.observe() if render else None), reward, False, False, {"state": self.state}
+
+    def simulate(self, states, actions):
+        """Physics alone, for B balls at once in threads: states (B, 4), actions (B, T, 2) -> final states (B, 4)."""
+        from mujoco import rollout
+
+        if self._rollout is None:
+            threads = os.cpu_count()
+            self._rollout = rollout.Rollout(nthread=threads), [self.mujoco.MjData(self.model) for _ in range(threads)]
+        pool, datas = self._rollout
+        full = np.zeros((len(states), 1 + states.shape[1]))  # MuJoCo's full state: time, qpos, qvel
+        full[:, 1:] = states
+        for t in range(actions.shape[1]):
+            full[:, 3:] = full[:, 3:].clip(-self.MAX_SPEED, self.MAX_SPEED)
+            control = np.broadcast_to(actions[:, t, None].clip(-1, 1), (len(states), self.PHYSICS_STEPS, 2))
+            full = pool.rollout(self.model, datas, full, control)[0][:, -1]
+        return full[:, 1:]
 
     def observe(self):
         return {"visual": self.render(), "proprio": self.state.astype(np.float32)}
@@ -289,7 +305,8 @@ def _random_episode(job):
     """One episode of uniformly random actions from a random state; seeded by (seed, episode) alone."""
     seed, episode, steps, frameskip = job
     rng = np.random.default_rng([seed, episode])
-    obs = _env.set_state(_env.sample_state(rng))
+    _env.set_state(_env.sample_state(rng))
+    obs = _env.observe()
     rows = {"frames": [], "states": [], "actions": [], "rewards": [], "dones": []}
     for step in range(steps):
         rows["frames"].append(obs["visual"])

@@ -1,0 +1,241 @@
+"""Fit a world model on a data set of trajectories, in the latent space of a frozen encoder.
+
+The encoder is frozen, so every frame is encoded once into a token cache; then windows of num_hist + num_pred
+model steps are drawn and the transition model learns to predict the next latents (predictor.py has the loss).
+
+    python train.py                                  # laptop: PointMaze, PCA latent, no download, minutes
+    python train.py --encoder vae                    # the V of World Models instead
+    python train.py --encoder dinov2 --img-size 224  # DINO-WM at the paper's size; wants a GPU
+    python train.py --encoder dinov3 --weights model.safetensors
+
+Writes runs/NAME/: args.json, model.pt, log.csv, curves.png. A run that was interrupted goes on from its last
+epoch when the same command is given again, and ends bit for bit (on the CPU) where it would have.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import shutil
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+from data import Dataset, UserError, Windows, positive, run_script, write_atomic
+from encoders import build_encoder
+from predictor import WorldModel, load_checkpoint
+from vae_mdnrnn import to_tensor
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# The transition model's size: the paper's for patch tokens, one that suits a laptop for a single token.
+PAPER = dict(depth=6, heads=16, dim_head=64, mlp_dim=2048, dropout=0.1)
+LAPTOP = dict(depth=4, heads=4, dim_head=64, mlp_dim=512, dropout=0.0)
+FIT_FRAMES = 20_000  # of the training episodes, for encoders that learn from frames
+
+
+def get_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--env", default="pointmaze", help="the world; its data are collected if they are not there")
+    add("--data", help="data set folder (default: datasets/ENV, or datasets/ENV_SIZE for --img-size)")
+    add("--episodes", type=positive, default=3000, help="episodes to collect if there is no data set")
+    add("--img-size", type=positive, default=64, help="side of the frames in the data set, in pixels")
+    add("--encoder", default="pca", help="what turns a frame into tokens; python encoders.py lists them")
+    add("--encoder-img-size", type=positive, help="side that the encoder resizes frames to (default: its own)")
+    add("--weights", help="the encoder's weights: a local file, or 'random' (default: the pretrained ones)")
+    add("--frameskip", type=positive, default=5, help="environment steps per model step")
+    add("--num-hist", type=positive, default=3, help="frames that the transition model sees")
+    add("--num-pred", type=positive, default=1, help="how many model steps ahead it predicts")
+    add("--depth", type=positive, help="layers of the transition model (default: 6 for patches, 4 for one token)")
+    add("--heads", type=positive, help="attention heads (default: 16, 4)")
+    add("--mlp-dim", type=positive, help="width of the feed-forward layers (default: 2048, 512)")
+    add("--dropout", type=float, help="(default: 0.1, 0)")
+    add("--epochs", type=positive, help="passes over the windows (default: 100 for patches, 12 for one token)")
+    add("--batch-size", type=positive, help="windows per step (default: 32 for patches, 128 for one token)")
+    add("--lr", type=float, default=5e-4, help="AdamW's learning rate at its peak")
+    add("--seed", type=int, default=0, help="one seed makes the run repeatable")
+    add("--name", help="of the run, under runs/ (default: ENV_ENCODER)")
+    add("--overwrite", action="store_true", help="start anew although runs/NAME is there")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    args.name = args.name or f"{args.env}_{args.encoder}"
+    for option in ("lr", "dropout"):
+        value = getattr(args, option)
+        if value is not None and not 0 <= value < 1:
+            raise UserError(f"--{option} {value} is not between 0 and 1")
+    return args
+
+
+def open_dataset(args):
+    """The data set of --data, or the default one of --env, which is collected first if it is not there."""
+    default = Path(f"datasets/{args.env}" + (f"_{args.img_size}" if args.img_size != 64 else ""))
+    if args.data is None and not default.exists():
+        data.collect(default, args.env, args.episodes, 20, args.frameskip, args.img_size, args.seed)
+    dataset = Dataset(args.data or default)
+    if dataset.meta["env"] != args.env:
+        raise UserError(f"{dataset.path} was collected in '{dataset.meta['env']}', not --env {args.env}")
+    if dataset.meta["img_size"] != args.img_size:
+        raise UserError(f"{dataset.path} has frames of {dataset.meta['img_size']} px, not --img-size {args.img_size}")
+    return dataset
+
+
+@torch.no_grad()
+def token_cache(encoder, dataset, device, batch_size=256):
+    """Tokens (S, N, d) of all frames: computed once per encoder, kept in the data set's folder, memory-mapped."""
+    digest = hashlib.sha256(f"{encoder.name} {encoder.img_size}".encode())
+    for tensor in encoder.state_dict().values():
+        digest.update(tensor.cpu().contiguous().numpy())
+    path = dataset.path / f"tokens_{encoder.name}_{digest.hexdigest()[:12]}.npy"
+    if not path.is_file():
+        shape = (len(dataset.frames), encoder.num_patches, encoder.dim)
+        dtype = np.float32 if encoder.num_patches == 1 else np.float16  # 196 x 384 numbers a frame: halve them
+        free, needed = shutil.disk_usage(dataset.path).free, np.prod(shape) * dtype().nbytes
+        if needed > free:
+            raise UserError(f"the tokens of {dataset.path} need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+
+        def write(temporary):
+            writer = data.NpyWriter(temporary, np.empty((0, *shape[1:]), dtype))
+            for i in tqdm(range(0, shape[0], batch_size), desc=f"encode with {encoder.name}", unit="batch"):
+                writer.append(encoder(to_tensor(dataset.frames[i : i + batch_size], device)).cpu().numpy())
+            writer.close()
+
+        write_atomic(path, write)
+    return np.load(path, mmap_mode="r")
+
+
+def batches(windows, tokens, batch_size, device, order):
+    """Yields the windows in the given order as dictionaries of tensors."""
+    for i in range(0, len(order), batch_size):
+        batch = windows.batch(order[i : i + batch_size], tokens)
+        yield {name: torch.from_numpy(array).to(device, torch.float32) for name, array in batch.items()}
+
+
+@torch.no_grad()
+def validate(model, windows, tokens, batch_size, device):
+    """Validation losses {"val", "val_visual", "val_proprio"}, and "copy": the visual error of predicting no change."""
+    model.eval()
+    sums = dict.fromkeys(("val", "val_visual", "val_proprio", "copy"), 0.0)
+    for batch in batches(windows, tokens, batch_size, device, np.arange(len(windows))):
+        loss, parts = model.loss(batch)
+        visual = batch["visual"]
+        copy = (visual[:, : model.num_hist] - visual[:, model.num_pred :]).square().mean()
+        values = (loss.item(), parts["visual"], parts["proprio"], copy.item())
+        for name, value in zip(sums, values, strict=True):
+            sums[name] += value * len(visual) / len(windows)
+    return sums
+
+
+def write_log(directory, log):
+    """log.csv and curves.png from the list of epochs."""
+
+    def write_csv(path):
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, log[0].keys())
+            writer.writeheader()
+            writer.writerows(log)
+
+    def draw(path):
+        figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
+        for name, style in (("train", "-"), ("val", "-"), ("copy", ":")):
+            axes.plot([e["epoch"] for e in log], [e[name] for e in log], style, label=name)
+        axes.set(xlabel="epoch", ylabel="latent error", yscale="log")
+        axes.legend(frameon=False)
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+
+    write_atomic(directory / "log.csv", write_csv)
+    write_atomic(directory / "curves.png", draw)
+
+
+def train(args):
+    directory, device = Path("runs") / args.name, torch.device(args.device)
+    flags = {name: value for name, value in vars(args).items() if name not in ("overwrite", "device")}
+    resumed = None
+    if (directory / "model.pt").exists() and not args.overwrite:
+        resumed = load_checkpoint(directory, device)
+        before = json.loads((directory / "args.json").read_text())
+        changed = [f"--{k.replace('_', '-')}" for k in flags if before.get(k) != flags[k]]
+        if changed:
+            raise UserError(f"{directory} was trained with other {', '.join(changed)}: choose a --name, or --overwrite")
+        if "optimizer" not in resumed:
+            print(f"{directory} is trained already: python plan.py --ckpt {directory} (or --overwrite)")
+            return
+
+    torch.manual_seed(args.seed)
+    rng = np.random.default_rng(args.seed)
+    encoder = build_encoder(args.encoder, args.encoder_img_size, args.weights if resumed is None else "random")
+    dataset = open_dataset(args)
+    train_episodes, val_episodes = dataset.split()
+    num_frames = args.num_hist + args.num_pred
+    train_windows = Windows(dataset, train_episodes, num_frames, args.frameskip)
+    val_windows = Windows(dataset, val_episodes, num_frames, args.frameskip)
+
+    if resumed is None and hasattr(encoder, "fit"):
+        rows = dataset.rows(train_episodes)
+        sample = np.sort(rng.choice(rows, min(FIT_FRAMES, len(rows)), replace=False))
+        encoder.to(device).fit(dataset.frames[sample], seed=args.seed)
+    single = encoder.num_patches == 1
+    vit = dict(LAPTOP if single else PAPER)
+    vit |= {k: v for k in vit if (v := getattr(args, k, None)) is not None}
+    epochs, batch_size = args.epochs or (12 if single else 100), args.batch_size or (128 if single else 32)
+    stats = dataset.statistics(train_episodes)
+    model = WorldModel(
+        encoder, stats["action"], stats["proprio"], args.num_hist, args.num_pred, args.frameskip,
+        world=dict(env=args.env, img_size=args.img_size, data=str(dataset.path)), **vit,
+    ).to(device)  # fmt: skip
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=args.lr)
+    steps_per_epoch = -(-len(train_windows) // batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, epochs * steps_per_epoch, pct_start=0.05)
+    log = []
+    if resumed is not None:
+        model.load_state_dict(resumed["model"])
+        optimizer.load_state_dict(resumed["optimizer"])
+        schedule.load_state_dict(resumed["schedule"])
+        log = resumed["log"]
+        print(f"{directory}: going on after epoch {len(log)} of {epochs}")
+    tokens = token_cache(model.encoder, dataset, device)
+
+    if resumed is None:
+        shutil.rmtree(directory, ignore_errors=True)
+    write_atomic(directory / "args.json", lambda path: path.write_text(json.dumps(flags, indent=1)))
+    bar = tqdm(total=epochs * steps_per_epoch, initial=len(log) * steps_per_epoch, desc="train", unit="step")
+    for epoch in range(len(log), epochs):
+        torch.manual_seed(args.seed * 100_003 + epoch)  # dropout and order depend on (seed, epoch) alone
+        order = torch.randperm(len(train_windows)).numpy()
+        model.train()
+        start, total = time.perf_counter(), torch.zeros((), device=device)
+        for batch in batches(train_windows, tokens, batch_size, device, order):
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss, _ = model.loss(batch)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.detach()
+            bar.update()
+        if not total.isfinite():
+            raise UserError(f"the loss is not finite in epoch {epoch + 1}: try a smaller --lr")
+        entry = {"epoch": epoch + 1, "train": total.item() / steps_per_epoch}
+        entry |= validate(model, val_windows, tokens, batch_size, device)
+        log.append(entry | {"seconds": round(time.perf_counter() - start, 2)})
+        bar.set_postfix_str(f"val {entry['val']:.4f}, copying {entry['copy']:.4f}")
+        unfinished = dict(optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), log=log)
+        model.save(directory, **(unfinished if epoch + 1 < epochs else {}))
+        write_log(directory, log)
+    bar.close()
+    print(f"{directory}: next-latent error {log[-1]['val_visual']:.4f}, copying the last frame {log[-1]['copy']:.4f}")
+    print(f"plan with it: python plan.py --ckpt {directory}")
+
+
+if __name__ == "__main__":
+    run_script(lambda: train(get_args()))
