@@ -62,7 +62,8 @@ def mpc(plan, act, num_problems, horizon, action_dim, n_taken_actions=5, max_ite
     for i in range(max_iter):
         if len(open_problems):
             actions = plan(open_problems, mean[open_problems])
-            success[i, open_problems] = torch.as_tensor(act(open_problems, actions[:, :n_taken_actions]))
+            reached = act(open_problems, actions[:, :n_taken_actions])
+            success[i, open_problems] = torch.as_tensor(reached)
             left = actions[:, n_taken_actions:]  # warm start: the rest of the plan, then zeros
             mean[open_problems] = torch.nn.functional.pad(left, (0, 0, 0, n_taken_actions))
         success[i] |= success[max(i - 1, 0)]

@@ -37,7 +37,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 if sys.platform.startswith("linux"):
-    os.environ.setdefault("MUJOCO_GL", "egl")  # render without a screen; must be set before mujoco is imported
+    os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen; to be set before mujoco is imported
+    os.environ.setdefault("LP_NUM_THREADS", "1")  # of the software renderer: there is a process per core already
 
 import gymnasium as gym
 import numpy as np
@@ -279,9 +280,8 @@ def _die_with_parent():
 
 def parallel(function, items, workers, initializer=None, initargs=()):
     """Yields `function(item)` in order, computed by `workers` processes; a worker that dies raises."""
-    context = mp.get_context("fork" if sys.platform.startswith("linux") else "spawn")
-
-    with ProcessPoolExecutor(workers, context, _start_worker, (initializer, initargs)) as pool:
+    spawn = mp.get_context("spawn")  # a forked copy of threads or of a renderer hangs
+    with ProcessPoolExecutor(workers, spawn, _start_worker, (initializer, initargs)) as pool:
         try:
             yield from pool.map(function, items, chunksize=4)
         except BrokenProcessPool:
@@ -377,18 +377,18 @@ class Dataset:
         self.path = Path(path)
         if not (self.path / "meta.json").is_file():
             raise UserError(f"no data set at {path} (no meta.json there): python data.py --out {path}")
+        file = "meta.json"
         try:
-            self.meta = json.loads((self.path / "meta.json").read_text())
+            self.meta = json.loads((self.path / file).read_text())
             if self.meta.get("version") != VERSION:
-                raise ValueError(f"its version is {self.meta.get('version')}, not {VERSION}")
-            self.episode_ends = np.load(self.path / "episode_ends.npy")
-            for name in self.ARRAYS:
-                array = np.load(self.path / f"{name}.npy", mmap_mode="r")
-                if len(array) != self.meta["rows"]:
-                    raise ValueError(f"{name}.npy has {len(array)} rows, not {self.meta['rows']}")
-                setattr(self, name, array)
+                raise ValueError(f"version {self.meta.get('version')}, not {VERSION}")
+            for name in (*self.ARRAYS, "episode_ends"):
+                file = f"{name}.npy"
+                setattr(self, name, np.load(self.path / file, mmap_mode="r"))
+                if name in self.ARRAYS and len(getattr(self, name)) != self.meta["rows"]:
+                    raise ValueError(f"{len(getattr(self, name))} rows, not {self.meta['rows']}")
         except (OSError, ValueError, KeyError, EOFError) as error:
-            reason = str(error).splitlines()[0]
+            reason = f"{file}: {str(error).splitlines()[0]}"
             raise UserError(f"{path} is not a whole data set ({reason}): collect it again with data.py") from None
         self.episode_starts = np.concatenate([[0], self.episode_ends[:-1]])
 

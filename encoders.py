@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import timm  # here and not where it is used: it loads Triton, which crashes once a renderer has loaded Mesa's LLVM
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -41,29 +42,34 @@ class FrozenEncoder(nn.Module):
         return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
 
 
+def gaussian_lowpass(samples, pixels, sigma):
+    """The matrix L (samples, pixels) that filters a line of pixels and subsamples it; sigma in image widths."""
+    sample, pixel = (torch.arange(samples) + 0.5) / samples, (torch.arange(pixels) + 0.5) / pixels
+    weights = torch.exp(-((sample[:, None] - pixel) ** 2) / (2 * sigma**2))
+    return weights / weights.sum(1, keepdim=True)
+
+
 class PCAEncoder(FrozenEncoder):
     """Low-pass filtered frames on their first principal components: the eigenfaces of world models.
 
         y = L x L^T                              L: Gaussian low-pass and subsampling, one matrix
-        token_i = v_i . (y - mean) / (s_i + 0.05 s_1)      v_i, s_i: principal axis and its standard deviation
+        token_i = v_i . (y - mean) / (s_i + c s_1)         v_i, s_i: principal axis, its standard deviation; c: damping
 
     Blurring makes the latent change smoothly as the ball moves, so distance in the latent grows with distance
-    in the maze. Full whitening (no 0.05 s_1) would make the last, noisy components as loud as the first.
+    in the maze. Full whitening (c = 0) would make the last, noisy components as loud as the first.
 
-    Args: dim, number of components; sigma, width of the filter as a fraction of the image; grid, samples a side.
+    Args: dim, number of components; sigma, width of the filter as a fraction of the image; damping, c; grid,
+    samples a side.
     """
 
     name, num_patches = "pca", 1
 
-    def __init__(self, img_size=64, dim=32, sigma=0.08, grid=16):
+    def __init__(self, img_size=64, dim=32, sigma=0.08, damping=0.05, grid=16):
         super().__init__()
-        self.img_size, self.dim, self.grid = img_size, dim, grid
-        pixel = (torch.arange(img_size) + 0.5) / img_size
-        sample = (torch.arange(grid) + 0.5) / grid
-        lowpass = torch.exp(-((sample[:, None] - pixel) ** 2) / (2 * sigma**2))
-        self.register_buffer("lowpass", lowpass / lowpass.sum(1, keepdim=True))  # (grid, img_size)
+        self.img_size, self.dim, self.damping = img_size, dim, damping
+        self.register_buffer("lowpass", gaussian_lowpass(grid, img_size, sigma))
         self.register_buffer("mean", torch.zeros(3 * grid**2))
-        self.register_buffer("axes", torch.zeros(3 * grid**2, dim))  # v_i / (s_i + 0.05 s_1)
+        self.register_buffer("axes", torch.zeros(3 * grid**2, dim))  # v_i / (s_i + c s_1)
 
     def filtered(self, images):
         """(B, 3, h, w) -> (B, 3 * grid^2)."""
@@ -76,7 +82,7 @@ class PCAEncoder(FrozenEncoder):
         self.mean.copy_(y.mean(0))
         variance, vectors = torch.linalg.eigh(torch.cov(y.T.double()))  # ascending
         std = variance.clamp(min=0).sqrt().flip(0)[: self.dim]
-        self.axes.copy_(vectors.flip(1)[:, : self.dim] / (std + 0.05 * std[0]))
+        self.axes.copy_(vectors.flip(1)[:, : self.dim] / (std + self.damping * std[0]))
         return self
 
     @torch.no_grad()
@@ -85,33 +91,68 @@ class PCAEncoder(FrozenEncoder):
 
 
 class VAEEncoder(FrozenEncoder):
-    """The V of World Models as an encoder: one token, the posterior mean, normalised."""
+    """The V of World Models as an encoder: one token, the posterior mean, normalised as PCA's is.
+
+        x' = 1/2 + gain * L (x - mean frame) L^T        what V sees and reconstructs, in [0, 1]
+        token_i = (mu_i(x') - m_i) / (s_i + c max s)    m_i, s_i: mean and standard deviation of mu_i
+
+    V on the plain frames plans badly here, for four reasons, in the order of their weight. (1) Training length:
+    the ball is 2 % of the pixels and the rest never changes, so for its first thousands of steps V paints the
+    background and all dimensions stay collapsed; without the mean frame, and at full contrast, it finds the ball
+    within 200. (2) Smoothness: the latent of a sharp ball says that two places differ, not how far apart they
+    are; the low-pass filter L makes neighbours overlap. (3) The weight of the KL term: at 1 it costs more to say
+    where the ball is than the frame gains, hence `beta` 0.01 and no free bits. (4) Scale: dimensions that
+    still collapse carry noise alone, and dividing by their tiny deviation would drown the signal, hence c.
+    """
 
     name, num_patches, img_size = "vae", 1, 64
 
-    def __init__(self, dim=32):
+    def __init__(self, dim=32, sigma=0.05, beta=0.01, damping=0.05):
         super().__init__()
-        self.dim, self.vae = dim, VAE(dim)
+        self.dim, self.beta, self.damping, self.vae = dim, beta, damping, VAE(dim)
+        self.register_buffer("lowpass", gaussian_lowpass(64, 64, sigma))
+        self.register_buffer("background", torch.zeros(3, 64, 64))
+        self.register_buffer("gain", torch.ones(()))
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("scale", torch.ones(dim))
 
-    def fit(self, frames, seed=0, steps=3000):
-        """frames (S, H, W, 3) uint8."""
-        self.vae.requires_grad_(True)
-        train_vae(self.vae, frames, steps, seed=seed)
-        self.freeze()
-        mu = torch.cat([self.encode_mu(to_tensor(frames[i : i + 500])) for i in range(0, len(frames), 500)])
-        std = mu.std(0)
-        self.mean.copy_(mu.mean(0))
-        self.scale.copy_(std + 0.05 * std.max())
-        return self
+    def filtered(self, images):
+        """L x L^T of images (B, 3, h, w) -> (B, 3, 64, 64)."""
+        return self.lowpass @ self.resize(images) @ self.lowpass.T
+
+    def contrast(self, images):
+        """x' (B, 3, 64, 64) of images (B, 3, h, w)."""
+        return (0.5 + self.gain * (self.filtered(images) - self.background)).clamp(0, 1)
 
     @torch.no_grad()
-    def encode_mu(self, images):
-        return self.vae.encode(self.resize(images))[0]
+    def posterior_mean(self, images):
+        return self.vae.encode(self.contrast(images))[0]
+
+    def fit(self, frames, seed=0, steps=2000):
+        """frames (S, H, W, 3) uint8."""
+        device = self.mean.device
+
+        def over(function, frames):
+            return torch.cat([function(to_tensor(frames[i : i + 500], device)) for i in range(0, len(frames), 500)])
+
+        sample = over(self.filtered, frames[:: max(1, len(frames) // 4000)])
+        self.background.copy_(sample.mean(0))
+        self.gain.copy_(0.5 / (sample - self.background).abs().amax())
+        self.vae.requires_grad_(True)
+        for module in self.vae.modules():  # TensorFlow's initialisation, which the paper's V had: it learns sooner
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        train_vae(self.vae, frames, steps, batch_size=32, beta=self.beta, kl_tolerance=0, seed=seed, see=self.contrast)
+        self.freeze()
+        mu = over(self.posterior_mean, frames)
+        std = mu.std(0)
+        self.mean.copy_(mu.mean(0))
+        self.scale.copy_(std + self.damping * std.max())
+        return self
 
     def forward(self, images):
-        return ((self.encode_mu(images) - self.mean) / self.scale)[:, None]  # (B, 1, d)
+        return ((self.posterior_mean(images) - self.mean) / self.scale)[:, None]  # (B, 1, d)
 
 
 class ViTEncoder(FrozenEncoder):
@@ -128,8 +169,6 @@ class ViTEncoder(FrozenEncoder):
 
     def __init__(self, name, model, img_size, mean=(0.5,) * 3, std=(0.5,) * 3, cls=False, weights=None):
         super().__init__()
-        import timm
-
         patch = int(model.split("patch")[1].split("_")[0])
         if img_size % patch:
             raise UserError(f"--encoder {name}: image size {img_size} is not a multiple of its patch size {patch}")

@@ -34,7 +34,9 @@ from predictor import WorldModel
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-MAX_TOKENS = 2**18  # that the model imagines at once: bounds the memory of patch encoders (about 3 GB)
+# Tokens that the model imagines in one call: on a GPU it bounds the memory (3 GB at the paper's size), on a CPU the
+# work stays in the cache, which is 1.5 times as fast.
+MAX_TOKENS = {"cuda": 2**18, "cpu": 2**13}
 
 
 def get_args():
@@ -152,7 +154,7 @@ def latent_cost(model, worlds, alpha, device):
     def encode(obs):
         return model.encode({name: torch.from_numpy(o)[:, None].to(device) for name, o in obs.items()})
 
-    piece = max(1, MAX_TOKENS // (model.num_hist * model.encoder.num_patches))
+    piece = max(1, MAX_TOKENS[device.type] // (model.num_hist * model.encoder.num_patches))
     goals = encode(worlds.goal_obs)
 
     def for_problems(problems):

@@ -16,6 +16,7 @@ import argparse
 import csv
 import hashlib
 import json
+import math
 import shutil
 import time
 from pathlib import Path
@@ -36,7 +37,7 @@ import matplotlib.pyplot as plt
 
 # The transition model's size: the paper's for patch tokens, one that suits a laptop for a single token.
 PAPER = dict(depth=6, heads=16, dim_head=64, mlp_dim=2048, dropout=0.1)
-LAPTOP = dict(depth=4, heads=4, dim_head=64, mlp_dim=512, dropout=0.0)
+LAPTOP = dict(depth=4, heads=4, dim_head=32, mlp_dim=256, dropout=0.0)
 FIT_FRAMES = 20_000  # of the training episodes, for encoders that learn from frames
 
 
@@ -119,6 +120,12 @@ def batches(windows, tokens, batch_size, device, order):
         yield {name: torch.from_numpy(array).to(device, torch.float32) for name, array in batch.items()}
 
 
+def learning_rate(step, total_steps, warmup=0.05):
+    """Fraction of --lr at a step: linear warm-up, then half a cosine to zero."""
+    done = (step + 0.5) / total_steps
+    return min(done / warmup, 0.5 * (1 + math.cos(math.pi * done)))
+
+
 @torch.no_grad()
 def validate(model, windows, tokens, batch_size, device):
     """Validation losses {"val", "val_visual", "val_proprio"}, and "copy": the visual error of predicting no change."""
@@ -195,7 +202,8 @@ def train(args):
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr)
     steps_per_epoch = -(-len(train_windows) // batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, epochs * steps_per_epoch, pct_start=0.05)
+    total_steps = epochs * steps_per_epoch
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, total_steps))
     log = []
     if resumed is not None:
         model.load_state_dict(resumed["model"])
@@ -208,7 +216,7 @@ def train(args):
     if resumed is None:
         shutil.rmtree(directory, ignore_errors=True)
     write_atomic(directory / "args.json", lambda path: path.write_text(json.dumps(flags, indent=1)))
-    bar = tqdm(total=epochs * steps_per_epoch, initial=len(log) * steps_per_epoch, desc="train", unit="step")
+    bar = tqdm(total=total_steps, initial=len(log) * steps_per_epoch, desc="train", unit="step")
     for epoch in range(len(log), epochs):
         torch.manual_seed(args.seed * 100_003 + epoch)  # dropout and order depend on (seed, epoch) alone
         order = torch.randperm(len(train_windows)).numpy()

@@ -1,5 +1,6 @@
 """World Models (Ha & Schmidhuber, 2018, arXiv:1803.10122): V, M, C and the dream, in one file."""
 
+import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -67,17 +68,21 @@ def vae_loss(recon, x, mu, logvar, beta=1.0, kl_tolerance=0.5):
 
 def to_tensor(frames, device="cpu"):
     """uint8 frames (B, H, W, 3) -> float (B, 3, H, W) in [0, 1]."""
-    return torch.as_tensor(frames, device=device).permute(0, 3, 1, 2).float() / 255
+    frames = torch.as_tensor(frames if torch.is_tensor(frames) else np.array(frames), device=device)
+    return frames.permute(0, 3, 1, 2).float() / 255
 
 
-def train_vae(vae, frames, steps, batch_size=100, lr=1e-3, beta=1.0, kl_tolerance=0.5, seed=0):
-    """Fit the VAE in place to uint8 frames (S, 64, 64, 3), which may be memory-mapped."""
+def train_vae(vae, frames, steps, batch_size=100, lr=1e-3, beta=1.0, kl_tolerance=0.5, seed=0, see=lambda x: x):
+    """Fits the VAE in place to uint8 frames (S, 64, 64, 3), which may be memory-mapped.
+
+    `see` is what V sees of images (B, 3, 64, 64), and reconstructs: the images themselves, or a filter of them.
+    """
     device = vae.mu.weight.device
     optimizer = torch.optim.Adam(vae.parameters(), lr=lr)
     for step in tqdm(range(steps), desc="train V"):
         torch.manual_seed(seed * 1_000_003 + step)
         index = torch.randint(len(frames), (batch_size,)).sort().values.numpy()
-        x = to_tensor(frames[index], device)
+        x = see(to_tensor(frames[index], device))  # (B, 3, 64, 64)
         recon, mu, logvar = vae(x)
         loss = vae_loss(recon, x, mu, logvar, beta, kl_tolerance)
         optimizer.zero_grad(set_to_none=True)
