@@ -64,7 +64,7 @@ class PCAEncoder(FrozenEncoder):
 
     name, num_patches = "pca", 1
 
-    def __init__(self, img_size=64, dim=32, sigma=0.08, damping=0.05, grid=16):
+    def __init__(self, img_size=64, dim=32, sigma=0.16, damping=0.1, grid=16):
         super().__init__()
         self.img_size, self.dim, self.damping = img_size, dim, damping
         self.register_buffer("lowpass", gaussian_lowpass(grid, img_size, sigma))
@@ -107,7 +107,7 @@ class VAEEncoder(FrozenEncoder):
 
     name, num_patches, img_size = "vae", 1, 64
 
-    def __init__(self, dim=32, sigma=0.05, beta=0.01, damping=0.05):
+    def __init__(self, dim=32, sigma=0.1, beta=0.01, damping=0.1):
         super().__init__()
         self.dim, self.beta, self.damping, self.vae = dim, beta, damping, VAE(dim)
         self.register_buffer("lowpass", gaussian_lowpass(64, 64, sigma))

@@ -224,7 +224,7 @@ def solve_at_random(worlds, model, args):
 
     def plan(problems, mean):
         shape = (*mean.shape[:2], model.frameskip, worlds.dof)
-        return torch.from_numpy(rng.uniform(low, high, shape)).flatten(2)
+        return torch.from_numpy(rng.uniform(low, high, shape)).float().flatten(2)
 
     def act(problems, actions):
         return worlds.act(problems, actions.numpy())
