@@ -45,6 +45,7 @@ import numpy as np
 from tqdm import tqdm
 
 VERSION = 1  # of the format on disk
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -62,14 +63,7 @@ def run_script(main):
     except UserError as error:
         sys.exit(_complain(error))
     except OSError as error:
-        if error.errno not in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EACCES,
-            errno.EPERM,
-            errno.EROFS,
-            errno.ENOTDIR,
-        ):
+        if error.errno not in DISK_ERRORS:
             raise
         sys.exit(_complain(f"cannot write {error.filename or 'the output'}: {error.strerror}"))
     except KeyboardInterrupt:
@@ -81,8 +75,15 @@ def _complain(message):
     return 2
 
 
+def natural(text):
+    """An `argparse` type: 0, 1, 2, ..."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 0")
+    return int(text)
+
+
 def positive(text):
-    """An `argparse` type: an integer of at least 1."""
+    """An `argparse` type: 1, 2, 3, ..."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return int(text)
@@ -495,7 +496,7 @@ def main():
     parser.add_argument("--steps", type=positive, default=20, help="model steps (rows) per episode")
     parser.add_argument("--frameskip", type=positive, default=5, help="environment steps per model step")
     parser.add_argument("--img-size", type=positive, default=64, help="side of the frames in pixels")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=natural, default=0)
     parser.add_argument("--workers", type=positive, default=os.cpu_count(), help="processes")
     parser.add_argument("--out", help="folder to write (default: datasets/ENV)")
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it is there")

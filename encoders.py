@@ -42,6 +42,10 @@ class FrozenEncoder(nn.Module):
         return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
 
 
+def chunks(frames, size=500):
+    return (frames[i : i + size] for i in range(0, len(frames), size))
+
+
 def gaussian_lowpass(samples, pixels, sigma):
     """The matrix L (samples, pixels) that filters a line of pixels and subsamples it; sigma in image widths."""
     sample, pixel = (torch.arange(samples) + 0.5) / samples, (torch.arange(pixels) + 0.5) / pixels
@@ -78,7 +82,7 @@ class PCAEncoder(FrozenEncoder):
     @torch.no_grad()
     def fit(self, frames, seed=0):
         """frames (S, H, W, 3) uint8. Exact, by the eigenvectors of the covariance."""
-        y = torch.cat([self.filtered(to_tensor(frames[i : i + 1000])) for i in range(0, len(frames), 1000)])
+        y = torch.cat([self.filtered(to_tensor(f, self.mean.device)) for f in chunks(frames)])
         self.mean.copy_(y.mean(0))
         variance, vectors = torch.linalg.eigh(torch.cov(y.T.double()))  # ascending
         std = variance.clamp(min=0).sqrt().flip(0)[: self.dim]
@@ -105,11 +109,13 @@ class VAEEncoder(FrozenEncoder):
     still collapse carry noise alone, and dividing by their tiny deviation would drown the signal, hence c.
     """
 
-    name, num_patches, img_size = "vae", 1, 64
+    name, num_patches = "vae", 1
 
-    def __init__(self, dim=32, sigma=0.1, beta=0.01, damping=0.1):
+    def __init__(self, img_size=64, dim=32, sigma=0.1, beta=0.01, damping=0.1):
         super().__init__()
-        self.dim, self.beta, self.damping, self.vae = dim, beta, damping, VAE(dim)
+        if img_size != 64:
+            raise UserError(f"--encoder vae sees 64 px, as the paper's V, not {img_size}")
+        self.img_size, self.dim, self.beta, self.damping, self.vae = img_size, dim, beta, damping, VAE(dim)
         self.register_buffer("lowpass", gaussian_lowpass(64, 64, sigma))
         self.register_buffer("background", torch.zeros(3, 64, 64))
         self.register_buffer("gain", torch.ones(()))
@@ -131,21 +137,13 @@ class VAEEncoder(FrozenEncoder):
     def fit(self, frames, seed=0, steps=2000):
         """frames (S, H, W, 3) uint8."""
         device = self.mean.device
-
-        def over(function, frames):
-            return torch.cat([function(to_tensor(frames[i : i + 500], device)) for i in range(0, len(frames), 500)])
-
-        sample = over(self.filtered, frames[:: max(1, len(frames) // 4000)])
+        sample = self.filtered(to_tensor(frames[:: max(1, len(frames) // 4000)], device))
         self.background.copy_(sample.mean(0))
         self.gain.copy_(0.5 / (sample - self.background).abs().amax())
         self.vae.requires_grad_(True)
-        for module in self.vae.modules():  # TensorFlow's initialisation, which the paper's V had: it learns sooner
-            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
         train_vae(self.vae, frames, steps, batch_size=32, beta=self.beta, kl_tolerance=0, seed=seed, see=self.contrast)
         self.freeze()
-        mu = over(self.posterior_mean, frames)
+        mu = torch.cat([self.posterior_mean(to_tensor(f, device)) for f in chunks(frames)])
         std = mu.std(0)
         self.mean.copy_(mu.mean(0))
         self.scale.copy_(std + self.damping * std.max())
@@ -246,7 +244,7 @@ DINOV2, DINOV3 = "vit_small_patch14_dinov2.lvd142m", "vit_small_patch16_dinov3.l
 
 ENCODERS = {
     "pca": lambda img_size, weights: PCAEncoder(img_size or 64),
-    "vae": lambda img_size, weights: VAEEncoder(),
+    "vae": lambda img_size, weights: VAEEncoder(img_size or 64),
     "dinov2": lambda img_size, weights: ViTEncoder("dinov2", DINOV2, img_size or 196, weights=weights),
     "dino_cls": lambda img_size, weights: ViTEncoder("dino_cls", DINOV2, img_size or 196, cls=True, weights=weights),
     "dinov3": lambda img_size, weights: ViTEncoder("dinov3", DINOV3, img_size or 224, **IMAGENET, weights=weights),
@@ -258,7 +256,10 @@ def build_encoder(name, img_size=None, weights=None):
     """The frozen encoder called `name`; `img_size` is the side it resizes images to (default: its own)."""
     if name not in ENCODERS:
         raise UserError(f"unknown encoder '{name}'; known: {', '.join(ENCODERS)}")
-    return ENCODERS[name](img_size, weights).freeze()
+    encoder = ENCODERS[name](img_size, weights).freeze()
+    if hasattr(encoder, "fit") and weights not in (None, "random"):
+        raise UserError(f"--encoder {name} learns from the collected frames: it takes no --weights")
+    return encoder
 
 
 def main():

@@ -13,6 +13,7 @@ The part of the output where the action stands is in no loss; a rollout overwrit
 """
 
 import argparse
+import io
 import pickle
 import time
 from pathlib import Path
@@ -195,22 +196,34 @@ class WorldModel(nn.Module):
             frameskip=self.frameskip, emb_dim=self.emb_dim, world=self.world, vit=self.vit,
         )  # fmt: skip
         content = {"config": config, "model": self.state_dict(), **extra}
-        write_atomic(Path(directory) / "model.pt", lambda path: torch.save(content, path))
+        buffer = io.BytesIO()  # so that a full disk is an OSError, which torch.save would hide
+        torch.save(content, buffer)
+        write_atomic(Path(directory) / "model.pt", lambda path: path.write_bytes(buffer.getbuffer()))
 
     @classmethod
     def load(cls, directory, device="cpu"):
         """The model that `save` wrote to `directory`, in eval mode. UserError if it is missing or not ours."""
         content = load_checkpoint(directory, device)
-        config, state = content["config"], content["model"]
-        stats = [(state[f"{name}_mean"], state[f"{name}_std"]) for name in ("action", "proprio")]
-        stats[0] = tuple(s[: len(s) // config["frameskip"]] for s in stats[0])
-        encoder = build_encoder(config.pop("encoder"), config.pop("img_size"), weights="random")
-        model = cls(encoder, *stats, **config.pop("vit"), **config)
         try:
+            config, state = dict(content["config"]), content["model"]
+            stats = [(state[f"{name}_mean"], state[f"{name}_std"]) for name in ("action", "proprio")]
+            stats[0] = tuple(s[: len(s) // config["frameskip"]] for s in stats[0])  # of one environment action
+            encoder = build_encoder(config.pop("encoder"), config.pop("img_size"), weights="random")
+            model = cls(encoder, *stats, **config.pop("vit"), **config)
             model.load_state_dict(state)
-        except RuntimeError as error:
-            raise UserError(f"{directory}/model.pt does not fit: {str(error).splitlines()[1].strip()}") from None
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())[:150]
+            raise UserError(f"{directory}/model.pt is not a checkpoint of this version ({reason})") from None
         return model.to(device).eval()
+
+
+def available_device(text):
+    """An `argparse` type: the name of a device that torch can use here."""
+    try:
+        torch.zeros(1, device=text)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise argparse.ArgumentTypeError(f"torch cannot use the device '{text}' here") from None
+    return text
 
 
 def load_checkpoint(directory, device="cpu"):

@@ -447,6 +447,10 @@ def test_checkpoint_round_trip_and_refusals(tmp_path):
     with pytest.raises(UserError, match="lacks 'config'"):
         predictor.WorldModel.load(tmp_path)
 
+    torch.save({"config": {"frameskip": 5}, "model": {}}, tmp_path / "model.pt")
+    with pytest.raises(UserError, match="not a checkpoint of this version .'action_mean'"):
+        predictor.WorldModel.load(tmp_path)
+
     class Malicious:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'pwned'}",)
@@ -550,6 +554,10 @@ def test_a_killed_training_resumes_bit_for_bit(workplace):
         ("train --num-hist 0", "not a positive whole number"),
         ("train --lr -1", "--lr -1.0 is not between 0 and 1"),
         ("train --encoder dinov2 --weights missing.pth", "no weights at missing.pth"),
+        ("train --encoder vae --encoder-img-size 128", "sees 64 px"),
+        ("train --encoder pca --weights x.pth", "it takes no --weights"),
+        ("train --device nowhere", "cannot use the device 'nowhere'"),
+        ("train --seed -1", "not a whole number of at least 0"),
         ("plan --ckpt missing", "no checkpoint at missing/model.pt"),
         ("plan", "no trained model under runs/"),
         ("plan --topk 400 --ckpt x", "--topk 400 must lie between 2 and --num-samples 300"),

@@ -27,9 +27,9 @@ import torch
 from tqdm import tqdm
 
 import data
-from data import Dataset, UserError, Windows, positive, run_script, write_atomic
+from data import Dataset, UserError, Windows, natural, positive, run_script, write_atomic
 from encoders import build_encoder
-from predictor import WorldModel, load_checkpoint
+from predictor import WorldModel, available_device, load_checkpoint
 from vae_mdnrnn import to_tensor
 
 matplotlib.use("Agg")
@@ -55,7 +55,9 @@ def get_args():
     add("--weights", help="the encoder's weights: a local file, or 'random' (default: the pretrained ones)")
     add("--frameskip", type=positive, default=5, help="environment steps per model step")
     add("--num-hist", type=positive, default=3, help="frames that the transition model sees")
-    add("--num-pred", type=positive, default=1, help="how many model steps ahead it predicts")
+    add(
+        "--num-pred", type=int, default=1, choices=(1,), help="model steps ahead that it predicts; 1, as in the release"
+    )
     add("--depth", type=positive, help="layers of the transition model (default: 6 for patches, 4 for one token)")
     add("--heads", type=positive, help="attention heads (default: 16, 4)")
     add("--mlp-dim", type=positive, help="width of the feed-forward layers (default: 2048, 512)")
@@ -63,10 +65,10 @@ def get_args():
     add("--epochs", type=positive, help="passes over the windows (default: 100 for patches, 12 for one token)")
     add("--batch-size", type=positive, help="windows per step (default: 32 for patches, 128 for one token)")
     add("--lr", type=float, default=5e-4, help="AdamW's learning rate at its peak")
-    add("--seed", type=int, default=0, help="one seed makes the run repeatable")
+    add("--seed", type=natural, default=0, help="one seed makes the run repeatable")
     add("--name", help="of the run, under runs/ (default: ENV_ENCODER)")
     add("--overwrite", action="store_true", help="start anew although runs/NAME is there")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", type=available_device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.name = args.name or f"{args.env}_{args.encoder}"
     for option in ("lr", "dropout"):

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 
 class VAE(nn.Module):
-    """V: a 64x64 frame becomes a small latent vector z (paper, Figure 22 of the appendix).
+    """V: a 64x64 frame becomes a small latent vector z (appendix A.1).
 
     Four stride-2 convolutions down to 2x2x256, two linear layers to mu and logvar; one linear layer
     and four transposed convolutions back. 4,348,547 parameters with z_dim 32 (CarRacing),
@@ -33,6 +33,10 @@ class VAE(nn.Module):
             nn.ConvTranspose2d(64, 32, 6, stride=2), nn.ReLU(),
             nn.ConvTranspose2d(32, 3, 6, stride=2), nn.Sigmoid(),
         )  # fmt: skip
+        for module in self.modules():  # TensorFlow's initialisation, which the paper's V had: it learns sooner
+            if isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
 
     def encode(self, x):
         """Frames x (B, 3, 64, 64) in [0, 1] -> mu, logvar, each (B, z_dim), of q(z | x)."""
