@@ -59,8 +59,9 @@ class PCAEncoder(FrozenEncoder):
         y = L x L^T                              L: Gaussian low-pass and subsampling, one matrix
         token_i = v_i . (y - mean) / (s_i + c s_1)         v_i, s_i: principal axis, its standard deviation; c: damping
 
-    Blurring makes the latent change smoothly as the ball moves, so distance in the latent grows with distance
-    in the maze. Full whitening (c = 0) would make the last, noisy components as loud as the first.
+    Blurring makes the latent change smoothly as the ball moves, so distance in the latent grows with distance in the
+    maze: with the true dynamics and this cost, CEM reaches 0.76 of 100 goals in one MPC iteration with sigma 0.08,
+    0.86 with 0.16. Full whitening (c = 0) would make the last, noisy components as loud as the first.
 
     Args: dim, number of components; sigma, width of the filter as a fraction of the image; damping, c; grid,
     samples a side.
@@ -100,13 +101,15 @@ class VAEEncoder(FrozenEncoder):
         x' = 1/2 + gain * L (x - mean frame) L^T        what V sees and reconstructs, in [0, 1]
         token_i = (mu_i(x') - m_i) / (s_i + c max s)    m_i, s_i: mean and standard deviation of mu_i
 
-    V on the plain frames plans badly here, for four reasons, in the order of their weight. (1) Training length:
-    the ball is 2 % of the pixels and the rest never changes, so for its first thousands of steps V paints the
-    background and all dimensions stay collapsed; without the mean frame, and at full contrast, it finds the ball
-    within 200. (2) Smoothness: the latent of a sharp ball says that two places differ, not how far apart they
-    are; the low-pass filter L makes neighbours overlap. (3) The weight of the KL term: at 1 it costs more to say
-    where the ball is than the frame gains, hence `beta` 0.01 and no free bits. (4) Scale: dimensions that
-    still collapse carry noise alone, and dividing by their tiny deviation would drown the signal, hence c.
+    What V lacks on the plain frames, and what is done about it:
+    - Training length. The ball is 2 % of the pixels and the rest never changes: V paints the background first, and
+      after 400 steps of 64 frames all means are still constant, with the KL term at full weight and free bits, at 0.01
+      of it, or on blurred frames at 0.001. Without the mean frame and at full contrast (x'), a linear map reads the ball's
+      position from mu to 0.1 m after 200 steps of 32 frames.
+    - The weight of the KL term. At 1, saying where the ball is costs more nats than the frame gains: beta = 0.01.
+    - Collapsed dimensions. Even so fewer of the 32 stay in use the longer V trains (8 after 1,600 steps). The others
+      are noise, which a division by their own tiny deviation would blow up: hence c.
+    - Scale. A sharp ball's latent says that two places differ, not how far apart they are; L makes neighbours overlap.
     """
 
     name, num_patches = "vae", 1

@@ -140,6 +140,7 @@ class Worlds:
 # What a plan is judged by: the world model's imagination, or (the control) the true simulator
 
 
+@torch.no_grad()
 def latent_cost(model, worlds, alpha, device):
     """Returns problems (B,) -> cost, where cost(actions (B, M, T, A)) -> (B, M) is J in the model's imagination.
 
