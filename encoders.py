@@ -104,8 +104,8 @@ class VAEEncoder(FrozenEncoder):
     What V lacks on the plain frames, and what is done about it:
     - Training length. The ball is 2 % of the pixels and the rest never changes: V paints the background first, and
       after 400 steps of 64 frames all means are still constant, with the KL term at full weight and free bits, at 0.01
-      of it, or on blurred frames at 0.001. Without the mean frame and at full contrast (x'), a linear map reads the ball's
-      position from mu to 0.1 m after 200 steps of 32 frames.
+      of it, or on blurred frames at 0.001. Without the mean frame and at full contrast (x'), a linear map reads the
+      ball's position from mu to 0.1 m after 200 steps of 32 frames.
     - The weight of the KL term. At 1, saying where the ball is costs more nats than the frame gains: beta = 0.01.
     - Collapsed dimensions. Even so fewer of the 32 stay in use the longer V trains (8 after 1,600 steps). The others
       are noise, which a division by their own tiny deviation would blow up: hence c.
