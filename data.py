@@ -222,7 +222,8 @@ class PointMaze(gym.Env):
             self._camera = mujoco.MjvCamera()
             self._camera.azimuth, self._camera.elevation, self._camera.distance = 90, -90, 10
             self._camera.orthographic = 1
-        mujoco.mj_forward(self.model, self.data)
+        mujoco.mj_kinematics(self.model, self.data)  # and not mj_forward: looking must not change what happens next
+        mujoco.mj_camlight(self.model, self.data)
         self._renderer.update_scene(self.data, self._camera)
         return self._renderer.render()
 

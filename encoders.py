@@ -69,7 +69,7 @@ class PCAEncoder(FrozenEncoder):
 
     name, num_patches = "pca", 1
 
-    def __init__(self, img_size=64, dim=32, sigma=0.16, damping=0.1, grid=16):
+    def __init__(self, img_size=64, dim=32, sigma=0.14, damping=0.05, grid=16):
         super().__init__()
         self.img_size, self.dim, self.damping = img_size, dim, damping
         self.register_buffer("lowpass", gaussian_lowpass(grid, img_size, sigma))

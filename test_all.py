@@ -113,6 +113,17 @@ def test_threaded_simulation_equals_stepping():
         np.testing.assert_allclose(env.state, end, atol=1e-9)
 
 
+def test_looking_does_not_change_what_happens():
+    states = []
+    for render in (False, True):
+        env, rng = data.PointMaze(), np.random.default_rng(5)
+        env.set_state(env.sample_state(rng))
+        for action in rng.uniform(-1, 1, (100, 2)):
+            env.step(action, render)
+        states.append(env.state)
+    np.testing.assert_array_equal(*states)
+
+
 @pytest.mark.parametrize("maze", ["UMaze", "Large"])
 def test_sampled_states_are_clear_of_the_walls_and_everywhere_else(maze):
     env, rng = data.PointMaze(maze), np.random.default_rng(0)

@@ -62,7 +62,7 @@ def get_args():
     add("--heads", type=positive, help="attention heads (default: 16, 4)")
     add("--mlp-dim", type=positive, help="width of the feed-forward layers (default: 2048, 512)")
     add("--dropout", type=float, help="(default: 0.1, 0)")
-    add("--epochs", type=positive, help="passes over the windows (default: 100 for patches, 12 for one token)")
+    add("--epochs", type=positive, help="passes over the windows (default: 100 for patches, 20 for one token)")
     add("--batch-size", type=positive, help="windows per step (default: 32 for patches, 128 for one token)")
     add("--lr", type=float, default=5e-4, help="AdamW's learning rate at its peak")
     add("--seed", type=natural, default=0, help="one seed makes the run repeatable")
@@ -195,7 +195,7 @@ def train(args):
     single = encoder.num_patches == 1
     vit = dict(LAPTOP if single else PAPER)
     vit |= {k: v for k in vit if (v := getattr(args, k, None)) is not None}
-    epochs, batch_size = args.epochs or (12 if single else 100), args.batch_size or (128 if single else 32)
+    epochs, batch_size = args.epochs or (20 if single else 100), args.batch_size or (128 if single else 32)
     stats = dataset.statistics(train_episodes)
     model = WorldModel(
         encoder, stats["action"], stats["proprio"], args.num_hist, args.num_pred, args.frameskip,
