@@ -110,7 +110,7 @@ class Worlds:
         self.dof, self.bounds = env.action_space.shape[0], (env.action_space.low, env.action_space.high)
         self.obs = self.observe(starts)
         self.goal_obs = self.observe(goals)
-        self.films = [[frame] for frame in self.obs["visual"][:films]]
+        self.films = [[frame] for frame in self.obs["visual"][:films].copy()]
 
     def observe(self, states):
         """States (B, P) -> {"visual": (B, H, W, 3) uint8, "proprio": (B, P)}."""

@@ -513,10 +513,13 @@ def test_the_true_simulator_plans_and_observations_are_encoded_once(workplace, s
     success = plan.solve(
         plan.Worlds(env, starts, goals), plan.simulator_cost(plan.Worlds(env, starts, goals)), model, args, "cpu"
     )
-    worlds = plan.Worlds(env, starts, goals)
+    worlds = plan.Worlds(env, starts, goals, films=1)
+    first = worlds.obs["visual"][0].copy()
     success = plan.solve(worlds, plan.simulator_cost(worlds), model, args, "cpu")
     assert success[-1].float().mean() >= 0.75
     assert (env.goal_reached(worlds.states, goals) == success[-1].numpy()).all()
+    film = worlds.films[0]
+    assert (film[0] == first).all() and (film[-1] == worlds.obs["visual"][0]).all() and len(film) % 25 == 1
 
     encoded, predicted = [], []
     encode, predict = model.encode, model.predict
