@@ -15,6 +15,8 @@ A data set is a folder of flat arrays, one row per *model step* (`frameskip` env
 
 Frames between two rows are never rendered: with `frameskip=5` that makes collection five times as fast.
 
+CarRacing and TakeCover are the two worlds of Ha & Schmidhuber (2018, arXiv:1803.10122); vae_mdnrnn.py collects there.
+
     python data.py --env pointmaze --episodes 2000        # collect into datasets/pointmaze
     python data.py --inspect datasets/pointmaze           # shapes, statistics, contact_sheet.png
     python data.py --bench                                # frames and physics steps per second
@@ -42,6 +44,7 @@ if sys.platform.startswith("linux"):
 
 import gymnasium as gym
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 VERSION = 1  # of the format on disk
@@ -233,10 +236,116 @@ class PointMaze(gym.Env):
             self._renderer = None
 
 
+class CarRacing(gym.Env):
+    """Gymnasium's CarRacing-v3, seen as in World Models: without the bar of indicators at the bottom.
+
+    Action: steering in [-1, 1], gas in [0, 1], brake in [0, 1]. Reward 1000 / N for each of the N tiles of the track,
+    -0.1 a step. An episode lasts 1,000 steps at most.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
+    render_mode = "rgb_array"
+
+    def __init__(self, img_size=64):
+        try:
+            import Box2D  # noqa: F401  (without it Gymnasium's own message is a page long)
+        except ImportError:
+            raise UserError("carracing needs Box2D: pip install 'gymnasium[box2d]'") from None
+        self.env, self.img_size = gym.make("CarRacing-v3", max_episode_steps=1000), img_size
+        self.action_space, self.observation_space = self.env.action_space, visual_space(img_size)
+
+    @property
+    def state(self):
+        """Position (m), velocity (m/s) and heading (rad) of the car."""
+        hull = self.env.unwrapped.car.hull
+        return np.array([*hull.position, *hull.linearVelocity, hull.angle])
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.screen, info = self.env.reset(seed=seed)
+        return self.observe(), info
+
+    def step(self, action, render=True):
+        action = np.clip(action, self.action_space.low, self.action_space.high).astype(np.float32)
+        self.screen, reward, terminated, truncated, info = self.env.step(action)
+        return (self.observe() if render else None), float(reward), terminated, truncated, info
+
+    def observe(self):
+        return {"visual": self.render(), "proprio": np.zeros(0, np.float32)}
+
+    def render(self):
+        return resize(self.screen[:84], self.img_size)  # 84 of the 96 rows, as in the paper's code
+
+    def close(self):
+        self.env.close()
+
+
+class TakeCover(gym.Env):
+    """ViZDoom's TakeCover, seen and steered as in World Models: survive the monsters' fireballs.
+
+    Action: one number in [-1, 1]; below -1/3 the player moves left, above 1/3 right, between them it stays.
+    Reward 1 a step (one tic of the game, 1/35 s). An episode ends with death, or after 2,100 steps.
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 35}
+    render_mode = "rgb_array"
+
+    def __init__(self, img_size=64):
+        try:
+            import vizdoom.gymnasium_wrapper  # noqa: F401  (registers the environments)
+        except ImportError:
+            raise UserError("takecover needs ViZDoom: pip install vizdoom") from None
+        self.env, self.img_size = gym.make("VizdoomTakeCover-v1", max_episode_steps=2100), img_size
+        self.action_space, self.observation_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32), visual_space(img_size)
+
+    @property
+    def state(self):
+        """The player's health, 0 to 100."""
+        return self.health
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        observation, info = self.env.reset(seed=seed)
+        self.screen, self.health = observation["screen"], observation["gamevariables"]
+        return self.observe(), info
+
+    def step(self, action, render=True):
+        button = 2 if action[0] < -1 / 3 else 1 if action[0] > 1 / 3 else 0  # MOVE_LEFT, MOVE_RIGHT, none
+        observation, reward, terminated, truncated, info = self.env.step(button)
+        if not terminated:  # a dead player sees nothing: the last frame stays
+            self.screen, self.health = observation["screen"], observation["gamevariables"]
+        return (self.observe() if render else None), float(reward), terminated, truncated, info
+
+    def observe(self):
+        return {"visual": self.render(), "proprio": np.zeros(0, np.float32)}
+
+    def render(self):
+        rows = self.screen.shape[0] * 5 // 6  # 400 of 480, as in the paper's code
+        return resize(self.screen[:rows], self.img_size)
+
+    def close(self):
+        self.env.close()
+
+
+def resize(frame, size):
+    """(H, W, 3) uint8 -> (size, size, 3): every pixel the mean of the area that it covers."""
+    return np.asarray(Image.fromarray(frame).resize((size, size), Image.Resampling.BOX))
+
+
+def visual_space(img_size):
+    """Observations of an environment that is known by its frames alone."""
+    return gym.spaces.Dict(
+        visual=gym.spaces.Box(0, 255, (img_size, img_size, 3), np.uint8),
+        proprio=gym.spaces.Box(-np.inf, np.inf, (0,), np.float32),
+    )
+
+
 ENVIRONMENTS = {
     "pointmaze": lambda img_size: PointMaze("UMaze", img_size),
     "pointmaze-medium": lambda img_size: PointMaze("Medium", img_size),
     "pointmaze-large": lambda img_size: PointMaze("Large", img_size),
+    "carracing": CarRacing,
+    "takecover": TakeCover,
 }
 
 
@@ -280,16 +389,25 @@ def _die_with_parent():
     threading.Thread(target=lambda: (wait([parent]), os._exit(1)), daemon=True).start()
 
 
-def parallel(function, items, workers, initializer=None, initargs=()):
-    """Yields `function(item)` in order, computed by `workers` processes; a worker that dies raises."""
-    spawn = mp.get_context("spawn")  # a forked copy of threads or of a renderer hangs
-    with ProcessPoolExecutor(workers, spawn, _start_worker, (initializer, initargs)) as pool:
+class Workers:
+    """`workers` processes, each begun with `initializer(*initargs)`: `with Workers(...) as pool: pool.map(...)`."""
+
+    def __init__(self, workers, initializer=None, initargs=()):
+        spawn = mp.get_context("spawn")  # a forked copy of threads or of a renderer hangs
+        self.pool = ProcessPoolExecutor(workers, spawn, _start_worker, (initializer, initargs))
+
+    def map(self, function, items, chunksize=4):
+        """Yields `function(item)` in order; a worker that dies raises a UserError."""
         try:
-            yield from pool.map(function, items, chunksize=4)
+            yield from self.pool.map(function, items, chunksize=chunksize)
         except BrokenProcessPool:
             raise UserError("a worker process died (out of memory?): try fewer --workers") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.pool.shutdown(cancel_futures=True)
 
 
 def _start_worker(initializer, initargs):
@@ -358,11 +476,14 @@ def collect(out, env, episodes, steps, frameskip, img_size, seed=0, workers=None
 
     Episode i depends on (seed, i) only, not on the number of workers.
     """
-    make_env(env, img_size).close()  # an unknown name fails here, in one line, and not in a worker
+    world = make_env(env, img_size)  # an unknown name fails here, in one line, and not in a worker
+    world.close()
+    if not hasattr(world, "set_state"):
+        raise UserError(f"{env} cannot be put into a random state: python vae_mdnrnn.py collect --env {env}")
     jobs = [(seed, episode, steps, frameskip) for episode in range(episodes)]
-    results = parallel(_random_episode, jobs, workers or os.cpu_count(), _make_worker_env, (env, img_size))
     meta = dict(env=env, seed=seed, policy="uniform", img_size=img_size, frameskip=frameskip)
-    return write_dataset(out, results, episodes, meta, overwrite)
+    with Workers(workers or os.cpu_count(), _make_worker_env, (env, img_size)) as pool:
+        return write_dataset(out, pool.map(_random_episode, jobs), episodes, meta, overwrite)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 import cem
 import data
@@ -20,7 +22,7 @@ import encoders
 import plan
 import predictor
 import train
-import vae_mdnrnn
+import vae_mdnrnn as wm
 from data import UserError
 
 HERE = Path(__file__).parent
@@ -223,7 +225,8 @@ def _die(_):
 
 def test_a_worker_that_dies_is_reported():
     with pytest.raises(UserError, match="worker process died"):
-        list(data.parallel(_die, range(4), workers=2))
+        with data.Workers(2) as pool:
+            list(pool.map(_die, range(4)))
 
 
 def test_inspect_prints_a_table_and_draws_a_contact_sheet(dataset, script):
@@ -291,12 +294,25 @@ def test_mpc_warm_starts_and_leaves_solved_worlds_alone():
 # -- vae_mdnrnn.py ------------------------------------------------------------------------------------------
 
 
+def number_of_parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
 @pytest.mark.parametrize("z_dim, count", [(32, 4_348_547), (64, 4_446_915)])
 def test_vae_has_the_papers_number_of_parameters(z_dim, count):
-    vae = vae_mdnrnn.VAE(z_dim)
-    assert sum(p.numel() for p in vae.parameters()) == count
+    vae = wm.VAE(z_dim)
+    assert number_of_parameters(vae) == count
     recon, mu, logvar = vae(torch.rand(2, 3, 64, 64))
     assert recon.shape == (2, 3, 64, 64) and mu.shape == logvar.shape == (2, z_dim)
+
+
+def test_m_and_c_have_the_papers_number_of_parameters():
+    car = wm.MDNRNN(32, 3, 256, mixture="dimension")
+    doom = wm.MDNRNN(64, 1, 512, mixture="dimension", heads="done", restart=True)
+    assert number_of_parameters(car) - 4 * 256 == 422_368 and number_of_parameters(doom) - 4 * 512 == 1_678_785
+    for env, count in {"takecover": 1088, "carracing": 867, "pointmaze": 578}.items():
+        args = wm.parse_args(["all", "--env", env])
+        assert wm.make_controller(args).num_params == count
 
 
 def test_vae_loss_is_squared_error_plus_kl():
@@ -304,9 +320,327 @@ def test_vae_loss_is_squared_error_plus_kl():
     posterior = torch.distributions.Normal(mu, (logvar / 2).exp())
     kl = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum(1)
     expected = 4 * 4 * 3 * 0.01 + 2.0 * kl.mean()
-    torch.testing.assert_close(vae_mdnrnn.vae_loss(x + 0.1, x, mu, logvar, beta=2.0, kl_tolerance=0.0), expected)
-    free = vae_mdnrnn.vae_loss(x, x, 0 * mu, 0 * logvar, kl_tolerance=0.5)
+    torch.testing.assert_close(wm.vae_loss(x + 0.1, x, mu, logvar, beta=2.0, kl_tolerance=0.0), expected)
+    free = wm.vae_loss(x, x, 0 * mu, 0 * logvar, kl_tolerance=0.5)
     assert free.item() == pytest.approx(0.5 * 8)
+
+
+@pytest.mark.parametrize("mixture", ["vector", "dimension"])
+def test_mdn_nll_is_torch_distributions(mixture):
+    rnn = wm.MDNRNN(6, 2, 16, mixture=mixture)
+    z = torch.randn(3, 7, 6)
+    logpi, mu, logsigma = rnn.mixture(torch.randn(3, 7, 16) * 5)
+    library = MixtureSameFamily(Categorical(logits=logpi), Independent(Normal(mu, logsigma.exp()), 1))
+    expected = -library.log_prob(z.unflatten(-1, (mu.shape[-3], mu.shape[-1]))).sum(-1)
+    torch.testing.assert_close(wm.mdn_nll(logpi, mu, logsigma, z), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_mdn_nll_is_finite_for_a_tiny_sigma():
+    rnn = wm.MDNRNN(2, 1, 4)
+    torch.nn.init.constant_(rnn.mdn.bias, -100.0)
+    loss = wm.mdn_nll(*rnn.mixture(torch.zeros(1, 4)), torch.full((1, 2), 3.0)).sum()
+    loss.backward()
+    assert loss.isfinite() and rnn.mdn.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_mdn_samples_have_the_moments_of_torch_distributions(groups):
+    torch.manual_seed(0)
+    logpi = torch.randn(groups, 4).log_softmax(-1)
+    mu, logsigma = torch.randn(groups, 4, 3 // groups), torch.randn(groups, 4, 3 // groups)
+    z = wm.mdn_sample(*(t.expand(200_000, *t.shape) for t in (logpi, mu, logsigma)))
+    library = MixtureSameFamily(Categorical(logits=logpi), Independent(Normal(mu, logsigma.exp()), 1))
+    torch.testing.assert_close(z.mean(0), library.mean.flatten(), atol=0.05, rtol=0)
+    torch.testing.assert_close(z.var(0), library.variance.flatten(), atol=0, rtol=0.05)
+
+
+def test_temperature():
+    torch.manual_seed(0)
+    logpi, mu, logsigma = torch.randn(1, 5).log_softmax(-1), torch.randn(1, 5, 3), torch.zeros(1, 5, 3)
+    many = [t.expand(20_000, *t.shape) for t in (logpi, mu, logsigma)]
+    cold = wm.mdn_sample(*many, tau=1e-8)
+    torch.testing.assert_close(cold, mu[0, logpi.argmax()].expand(20_000, 3), atol=1e-2, rtol=0)
+    spread = [wm.mdn_sample(*many, tau=tau).var(0).sum() for tau in (0.1, 0.5, 1.0, 2.0)]
+    assert spread == sorted(spread)
+    one = torch.zeros(20_000, 1, 1, 2)
+    assert wm.mdn_sample(one[..., 0], one, one, tau=4.0).std() == pytest.approx(2, abs=0.05)  # the variance, times tau
+
+
+def test_m_is_causal_and_its_loss_ignores_what_is_not_there():
+    rnn = wm.MDNRNN(4, 1, 8, heads="done,reward,action", restart=True)
+    z, a, reward, done = torch.randn(2, 6, 4), torch.randn(2, 6, 1), torch.randn(2, 6), torch.zeros(2, 6)
+    valid, restart = torch.ones(2, 6, dtype=torch.bool), torch.zeros(2, 6)
+    valid[1, 4:] = False
+    first = wm.mdnrnn_loss(rnn, z, a, reward, done, valid, restart)
+    assert set(first) == {"loss", "nll", "done", "reward", "action"}
+    z[1, 4:], a[1, 4:], reward[1, 4:], done[1, 4:] = 9, 9, 9, 1
+    for name, value in wm.mdnrnn_loss(rnn, z, a, reward, done, valid, restart).items():
+        torch.testing.assert_close(value, first[name], msg=name)
+    z[0, 5] = 9
+    assert wm.mdnrnn_loss(rnn, z, a, reward, done, valid, restart)["nll"] > first["nll"]
+
+
+def test_m_steps_as_it_runs():
+    rnn = wm.MDNRNN(4, 1, 8, restart=True)
+    z, a, restart = torch.randn(2, 5, 4), torch.randn(2, 5, 1), torch.rand(2, 5)
+    state, steps = None, []
+    for t in range(5):
+        h, state = rnn(z[:, t : t + 1], a[:, t : t + 1], restart[:, t : t + 1], state)
+        steps.append(h)
+    torch.testing.assert_close(rnn(z, a, restart)[0], torch.cat(steps, 1))
+
+
+def test_m_sees_every_step_equally_often(tmp_path, monkeypatch):
+    dataset = fake_dataset(tmp_path / "d", [3, 40, 10], dof=1)
+    seen = np.zeros(53)
+
+    def loss(rnn, z, a, reward, done, valid, restart):
+        episode, step = torch.div(a[..., 0], 1000, rounding_mode="floor").long(), a[..., 0].long() % 1000
+        assert torch.equal(restart[valid] == 1, step[valid] == 0)
+        np.add.at(seen, (torch.tensor([0, 3, 43])[episode] + step)[valid].numpy(), 1)
+        return {"loss": rnn.mdn.weight.sum()}
+
+    monkeypatch.setattr(wm, "mdnrnn_loss", loss)
+    latents = np.zeros((53, 2), np.float32), np.zeros((53, 2), np.float32)
+    wm.train_mdnrnn(wm.MDNRNN(2, 1, 4), latents, dataset, 40, batch_size=500, seq_len=8)
+    assert seen.min() > 0.9 * seen.mean() and seen.max() < 1.1 * seen.mean()
+
+
+def test_controller_is_one_linear_layer_for_each_row():
+    controller = wm.Controller(5, 3, squash="car")
+    params, features = torch.randn(4, controller.num_params), torch.randn(4, 5)
+    a = controller(params, features)
+    for i in range(4):
+        raw = torch.tanh(params[i, :15].view(3, 5) @ features[i] + params[i, 15:])
+        torch.testing.assert_close(a[i], torch.stack([raw[0], (raw[1] + 1) / 2, raw[2].clamp(0, 1)]))
+
+
+def test_random_policies():
+    space = data.gym.spaces.Box(-1, 1, (2,))
+    held = wm.RandomPolicy("hold", space, np.random.default_rng(0))
+    actions = np.array([held(None) for _ in range(500)])
+    lengths = np.diff(np.flatnonzero(np.any(np.diff(actions, axis=0) != 0, 1)))
+    assert lengths.min() == 1 and lengths.max() == 10
+    brown = wm.RandomPolicy("brownian", space, np.random.default_rng(0))
+    steps = np.diff([brown(None) for _ in range(2000)], axis=0)
+    inner = steps[np.abs(steps).max(1) > 0]
+    assert 0.1 < inner.std() < 0.15  # sqrt(1 / 50) = 0.141, less at the bounds
+
+
+def tiny_dream(tau=1.0, max_steps=20, heads="done,reward", p_done=None):
+    torch.manual_seed(0)
+    rnn = wm.MDNRNN(4, 1, 8, heads=heads, restart=True).eval().requires_grad_(False)
+    if p_done:
+        torch.nn.init.zeros_(rnn.heads["done"].weight)
+        torch.nn.init.constant_(rnn.heads["done"].bias, np.log(p_done / (1 - p_done)) + np.log(wm.DONE_WEIGHT))
+    return wm.Dream(rnn, (torch.randn(6, 4), torch.zeros(6, 4)), tau, max_steps, cell=True)
+
+
+def test_dream_scores_count_each_dream_to_its_own_end():
+    """With a reward of 1 scores are the geometric lifetimes that done's probability gives."""
+    scores = wm.dream_scores(tiny_dream(1, 300, "done", 0.05), wm.Controller(20, 1), np.zeros((40, 21), "f"), 0, 50)
+    assert scores.shape == (40, 50) and scores.min() == 1
+    assert scores.mean() == pytest.approx(20, abs=1.5) and scores.std() == pytest.approx(20, abs=3)
+
+
+def test_dream_scores_give_each_candidate_its_own_weights():
+    dream = tiny_dream(heads="reward")
+    for parameter in dream.rnn.lstm.parameters():
+        torch.nn.init.zeros_(parameter)
+    dream.rnn.lstm.weight_ih_l0[:, 4] = 1.0  # only the action reaches M
+    torch.nn.init.ones_(dream.rnn.heads["reward"].weight)
+    params = torch.zeros(3, 21)
+    params[:, -1] = torch.tensor([-2.0, 0.0, 2.0])
+    scores = wm.dream_scores(dream, wm.Controller(20, 1), params, 0, 2).mean(1)
+    assert scores[0] < scores[1] < scores[2]
+
+
+def test_a_dream_lasts_its_limit_and_repeats_with_its_seed():
+    params = torch.randn(3, 21)
+    scores = [wm.dream_scores(tiny_dream(heads="reward"), wm.Controller(20, 1), params, s, 4) for s in (1, 1, 2)]
+    assert np.array_equal(scores[0], scores[1]) and not np.array_equal(scores[0], scores[2])
+    assert (wm.dream_scores(tiny_dream(heads=""), wm.Controller(20, 1), params, 0, 4) == 20).all()
+
+
+def test_dream_env_is_a_gymnasium_environment():
+    from gymnasium.utils.env_checker import check_env
+
+    env = wm.DreamEnv(tiny_dream(), wm.VAE(4))
+    check_env(env, skip_render_check=True)
+    env.reset(seed=0)
+    assert env.render().shape == (64, 64, 3) and env.render().dtype == np.uint8
+
+
+def test_evolve_finds_an_optimum_and_resumes_bit_for_bit(tmp_path):
+    def scores(params, seed, trials):
+        return -np.square(params - np.arange(5) / 5).sum(1, keepdims=True).repeat(trials, 1)
+
+    def evolve(name, popsize, generations):
+        return wm.evolve(scores, np.zeros(5), tmp_path / name, popsize, 2, generations, 3)
+
+    whole = evolve("whole.pt", 8, 60)
+    assert whole["score"] > -1e-3
+    evolve("parts.pt", 8, 23)
+    parts = evolve("parts.pt", 8, 60)
+    assert torch.equal(parts["params"], whole["params"]) and parts["fitness"] == whole["fitness"]
+    with pytest.raises(UserError, match="--popsize 8"):
+        evolve("parts.pt", 6, 60)
+
+
+def test_fit_resumed_equals_fit_at_once(tmp_path, monkeypatch):
+    frames = np.random.default_rng(0).integers(0, 255, (20, 64, 64, 3), np.uint8)
+
+    def fit(name):
+        torch.manual_seed(3)
+        return wm.train_vae(wm.VAE(2), frames, 6, 4, checkpoint=tmp_path / name)
+
+    whole, real_loss, steps, clock = fit("whole.pt"), wm.vae_loss, iter(range(100)), iter(range(0, 10**6, 100))
+
+    def dies(*args):
+        if next(steps) == 4:
+            raise KeyboardInterrupt
+        return real_loss(*args)
+
+    monkeypatch.setattr(wm.time, "monotonic", lambda: next(clock))  # a checkpoint after every step
+    monkeypatch.setattr(wm, "vae_loss", dies)
+    with pytest.raises(KeyboardInterrupt):
+        fit("parts.pt")
+    assert wm.load(tmp_path / "parts.pt")["step"] == 4
+    monkeypatch.setattr(wm, "vae_loss", real_loss)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), fit("parts.pt").parameters(), strict=True))
+
+
+def test_a_loss_that_is_no_number_is_an_error():
+    with pytest.raises(UserError, match="loss is"):
+        wm.train_vae(wm.VAE(2), np.zeros((8, 64, 64, 3), np.uint8), 5, 4, lr=1e12)
+
+
+SMALL = (
+    "--env pointmaze --episodes 6 --max-steps 8 --v-steps 4 --v-batch 8 --z-dim 4 --m-steps 6 --m-batch 3 --hidden 8 "
+    "--popsize 4 --trials 2 --generations 4 --score-trials 2 --test-episodes 2 --workers 2"
+).split()
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A whole run of World Models, as small as can be."""
+    path = tmp_path_factory.mktemp("run")
+    wm.main(["all", *SMALL, "--out", str(path)])
+    return path
+
+
+@pytest.fixture
+def wm_run(finished, tmp_path):
+    """A copy of it to work on: wm_run("train-m", ...) runs a step there; the folder is wm_run.path."""
+    shutil.copytree(finished, tmp_path / "run")
+
+    def run(step, *flags):
+        wm.main([step, "--env", "pointmaze", "--out", str(tmp_path / "run"), "--workers", "2", *map(str, flags)])
+
+    run.path = tmp_path / "run"
+    return run
+
+
+def test_every_step_writes_what_the_next_reads(finished, tmp_path):
+    names = {p.name for p in finished.iterdir()}
+    assert {"data", "vae.pt", "vae.csv", "latents.npz", "rnn.pt", "c_dream_tau1.pt", "c_dream_tau1.png"} <= names
+    assert {"test.json", "reconstructions.png", "dream.gif", "args.json"} <= names
+    returns = json.loads((finished / "test.json").read_text())["returns"]
+    assert len(returns["random"]["real"]) == len(returns["dream_tau1"]["dream"]) == 2
+    wm.main(["all", *SMALL, "--out", str(tmp_path)])
+    assert (finished / "test.json").read_text() == (tmp_path / "test.json").read_text()  # the same seed, the same run
+
+
+def test_c_in_the_real_environment_and_several_temperatures(wm_run):
+    wm_run("train-c", "--in", "real", "--generations", 2)
+    assert len(wm.load(wm_run.path / "c_real.pt")["fitness"]) == 2
+    wm_run("train-c", "--in", "dream", "--generations", 2, "--tau", 0.5, 1.3)
+    wm_run("test")
+    returns = json.loads((wm_run.path / "test.json").read_text())["returns"]
+    assert set(returns) == {"random", "real", "dream_tau0.5", "dream_tau1", "dream_tau1.3"}
+
+
+def test_iterations_build_on_each_other(tmp_path):
+    wm.main(["iterate", "--iterations", "2", *SMALL, "--out", str(tmp_path)])
+    first, second = (data.Dataset(tmp_path / f"iteration{i}" / "data") for i in (1, 2))
+    assert len(second) == 2 * len(first) == 12 and np.array_equal(second.frames[: len(first.frames)], first.frames)
+    assert wm.load(tmp_path / "iteration2" / "rnn.pt")["config"]["heads"] == "reward,action"
+    assert len((tmp_path / "iterations.csv").read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    "step, without, first", [
+        ("train-v", "data/meta.json", "collect"), ("train-m", "latents.npz", "train-v"),
+        ("train-c", "rnn.pt", "train-m"), ("test", "c_dream_tau1.pt", "train-c"),
+    ],
+)  # fmt: skip
+def test_a_missing_predecessor_is_named(wm_run, step, without, first):
+    (wm_run.path / without).unlink()
+    with pytest.raises(UserError, match=f"first run python vae_mdnrnn.py {first} --env pointmaze"):
+        wm_run(step)
+
+
+@pytest.mark.parametrize(
+    "words, message", [
+        ("train-v --v-steps 9 --z-dim 5", "z_dim 4"), ("train-m --z-dim 5", "--z-dim 4"),
+        ("train-m --m-steps 9 --hidden 5", "hidden 8"), ("train-c --tau 0", "temperature"),
+        ("train-c --tau nan", "temperature"), ("train-c --popsize 3", "population"),
+        ("test --env takecover", "a run of --env pointmaze"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_a_run_is_one_line(wm_run, words, message):
+    with pytest.raises(UserError, match=message) as error:
+        wm_run(*words.split())
+    assert "\n" not in str(error.value)
+
+
+def test_a_run_of_another_environment_or_half_a_file_is_refused(wm_run):
+    rnn = wm.MDNRNN(4, 3, 8, heads="reward")
+    torch.save({**wm.load(wm_run.path / "rnn.pt"), "config": rnn.config, "model": rnn.state_dict()},
+               wm_run.path / "rnn.pt")  # fmt: skip
+    with pytest.raises(UserError, match="action_dim 3"):
+        wm_run("train-c")
+    (wm_run.path / "rnn.pt").write_bytes((wm_run.path / "rnn.pt").read_bytes()[:1000])
+    with pytest.raises(UserError, match="cannot be read"):
+        wm_run("train-c")
+
+
+def test_overwrite_begins_anew_from_that_step(wm_run):
+    wm_run("train-m", "--overwrite", "--m-steps", 2, "--hidden", 5)
+    assert wm.load(wm_run.path / "rnn.pt")["config"]["hidden"] == 5 and not list(wm_run.path.glob("c_*"))
+    assert json.loads((wm_run.path / "args.json").read_text())["hidden"] == 5  # the run keeps its flags
+
+
+@pytest.mark.parametrize("name, low", [("takecover", [-1]), ("carracing", [-1, 0, 0])])
+def test_the_papers_environments_repeat_with_their_seed(name, low):
+    env = data.make_env(name)
+    assert env.action_space.low.tolist() == low
+
+    def episode():
+        return wm.rollout(env, wm.RandomPolicy("hold", env.action_space, np.random.default_rng(0)), 5, 30)
+
+    one, two = episode(), episode()
+    env.close()
+    assert one["frames"].shape == (30, 64, 64, 3) and one["frames"].dtype == np.uint8
+    assert np.array_equal(one["frames"], two["frames"]) and np.array_equal(one["rewards"], two["rewards"])
+
+
+def test_takecover_moves_left_and_right():
+    env, walls = data.make_env("takecover"), []
+    for action in (-1.0, 0.0, 1.0):
+        env.reset(seed=0)
+        for _ in range(15):
+            obs, *_ = env.step(np.array([action]))
+        walls.append(obs["visual"][25:40].mean((0, 2)))  # brightness by column
+    env.close()
+    assert np.abs(walls[0] - walls[1]).sum() > 50 and np.abs(walls[2] - walls[1]).sum() > 50
+
+
+@pytest.mark.parametrize("name, module", [("takecover", "vizdoom.gymnasium_wrapper"), ("carracing", "Box2D")])
+def test_a_missing_package_is_named(name, module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match="pip install"):
+        data.make_env(name)
 
 
 # -- encoders.py --------------------------------------------------------------------------------------------
@@ -328,11 +662,11 @@ def test_encoders_are_frozen_and_do_not_mix_the_batch(name):
 def test_pca_is_numpys_svd(dataset):
     frames = dataset.frames[:120]
     encoder = encoders.PCAEncoder(dim=8).fit(frames)
-    y = encoder.filtered(vae_mdnrnn.to_tensor(frames)).double().numpy()
+    y = encoder.filtered(wm.to_tensor(frames)).double().numpy()
     u, s, _ = np.linalg.svd(y - y.mean(0), full_matrices=False)
     std = s / np.sqrt(len(y) - 1)
     expected = (u * s / (std + encoder.damping * std[0]))[:, :8]
-    tokens = encoder(vae_mdnrnn.to_tensor(frames))[:, 0].numpy()
+    tokens = encoder(wm.to_tensor(frames))[:, 0].numpy()
     np.testing.assert_allclose(np.abs(tokens), np.abs(expected), atol=2e-3)
 
 
