@@ -390,20 +390,21 @@ def test_m_steps_as_it_runs():
     torch.testing.assert_close(rnn(z, a, restart)[0], torch.cat(steps, 1))
 
 
-def test_m_sees_every_step_equally_often(tmp_path, monkeypatch):
-    dataset = fake_dataset(tmp_path / "d", [3, 40, 10], dof=1)
-    seen = np.zeros(53)
+def test_m_sees_whole_episodes(tmp_path, monkeypatch):
+    dataset, seen = fake_dataset(tmp_path / "d", [3, 40, 10], dof=1), set()
 
     def loss(rnn, z, a, reward, done, valid, restart):
-        episode, step = torch.div(a[..., 0], 1000, rounding_mode="floor").long(), a[..., 0].long() % 1000
-        assert torch.equal(restart[valid] == 1, step[valid] == 0)
-        np.add.at(seen, (torch.tensor([0, 3, 43])[episode] + step)[valid].numpy(), 1)
+        for actions, real, begins in zip(a[..., 0], valid, restart, strict=True):
+            episode = int(actions[0] // 1000)
+            assert actions[real].tolist() == [1000 * episode + t for t in range([3, 40, 10][episode])]
+            assert begins.tolist() == [1] + [0] * (len(begins) - 1)
+            seen.add(episode)
         return {"loss": rnn.mdn.weight.sum()}
 
     monkeypatch.setattr(wm, "mdnrnn_loss", loss)
     latents = np.zeros((53, 2), np.float32), np.zeros((53, 2), np.float32)
-    wm.train_mdnrnn(wm.MDNRNN(2, 1, 4), latents, dataset, 40, batch_size=500, seq_len=8)
-    assert seen.min() > 0.9 * seen.mean() and seen.max() < 1.1 * seen.mean()
+    wm.train_mdnrnn(wm.MDNRNN(2, 1, 4), latents, dataset, 20, batch_size=2)
+    assert seen == {0, 1, 2}
 
 
 def test_controller_is_one_linear_layer_for_each_row():
@@ -418,9 +419,9 @@ def test_controller_is_one_linear_layer_for_each_row():
 def test_random_policies():
     space = data.gym.spaces.Box(-1, 1, (2,))
     held = wm.RandomPolicy("hold", space, np.random.default_rng(0))
-    actions = np.array([held(None) for _ in range(500)])
+    actions = np.array([held(None) for _ in range(2000)])
     lengths = np.diff(np.flatnonzero(np.any(np.diff(actions, axis=0) != 0, 1)))
-    assert lengths.min() == 1 and lengths.max() == 10
+    assert lengths.min() == 1 and 50 < lengths.max() < 100
     brown = wm.RandomPolicy("brownian", space, np.random.default_rng(0))
     steps = np.diff([brown(None) for _ in range(2000)], axis=0)
     inner = steps[np.abs(steps).max(1) > 0]

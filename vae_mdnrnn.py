@@ -57,8 +57,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 RECIPES = {
     "takecover": dict(
         action_dim=1, z_dim=64, hidden=512, cell=True, bias=False, restart=True, heads="done", squash="tanh",
-        policy="hold", max_steps=2100, episodes=600, v_steps=6000, m_steps=1500, where="dream", tau=[1.15],
-        beta=0.1, popsize=64, trials=8, generations=80, score_trials=100,
+        policy="hold", max_steps=2100, episodes=800, v_steps=5000, m_steps=1200, where="dream", tau=[1.15],
+        beta=0.1, popsize=64, trials=8, generations=60, score_trials=100,
     ),
     "carracing": dict(
         action_dim=3, z_dim=32, hidden=256, cell=False, bias=True, restart=False, heads="reward", squash="car",
@@ -289,12 +289,11 @@ def mdnrnn_loss(rnn, z, a, reward, done, valid, restart):
     return {"loss": sum(losses.values()), **losses}
 
 
-def train_mdnrnn(rnn, latents, dataset, steps, batch_size=64, seq_len=128, lr=1e-3, seed=0, checkpoint=None):
-    """Fits M in place to windows of `seq_len` steps, z drawn anew from its mu and logvar each time.
+def train_mdnrnn(rnn, latents, dataset, steps, batch_size=32, lr=1e-3, seed=0, checkpoint=None):
+    """Fits M in place to whole episodes: what decides the next step may lie far back (a player's wounds do).
 
-    A window may begin before an episode or end behind it, and is cut off there: so every step of the data, the last
-    ones of the episodes among them, is seen equally often. Deviation: the paper's sequences are longer (500 to 1,000)
-    and carry the state on from one to the next.
+    z is drawn anew from its mu and logvar each time. A batch holds episodes of similar length, so that little of it is
+    padding, around one that is drawn at random.
     """
     device = rnn.mdn.weight.device
     mu, logvar = latents  # (S, z_dim) each
@@ -302,11 +301,11 @@ def train_mdnrnn(rnn, latents, dataset, steps, batch_size=64, seq_len=128, lr=1e
     lengths = ends - starts
 
     def loss():
-        e = torch.multinomial((lengths + seq_len - 1).float(), batch_size, replacement=True)
-        first = (torch.rand(batch_size) * (lengths[e] + seq_len - 1)).long() - seq_len + 1  # within the episode
-        begin, end = starts[e] + first.clamp(min=0), starts[e] + torch.minimum(first + seq_len, lengths[e])
-        rows = begin[:, None] + torch.arange(seq_len)  # (B, T)
-        valid, restart = rows < end[:, None], (rows == starts[e, None]).float()
+        order = (lengths + torch.rand(len(lengths))).argsort()  # by length, ties in any order
+        first = int(torch.randint(1 - batch_size, len(order), ()))  # a window of it, which may hang over the ends
+        e = order[max(0, first) : first + batch_size]
+        rows = starts[e, None] + torch.arange(int(lengths[e].max()))  # (B, T)
+        valid = rows < ends[e, None]
         rows = rows.clamp(max=len(mu) - 1).numpy()
 
         def batch(array):
@@ -314,7 +313,9 @@ def train_mdnrnn(rnn, latents, dataset, steps, batch_size=64, seq_len=128, lr=1e
 
         z = sample_z(batch(mu), batch(logvar))  # (B, T, z_dim)
         a, reward, done = batch(dataset.actions), batch(dataset.rewards), batch(dataset.dones)
-        return mdnrnn_loss(rnn, z, a, reward, done, valid.to(device), restart.to(device))
+        restart = torch.zeros_like(done)
+        restart[:, 0] = 1
+        return mdnrnn_loss(rnn, z, a, reward, done, valid.to(device), restart)
 
     return fit(rnn, loss, steps, lr, seed, "train M", checkpoint, rnn.config, clip=1.0)
 
@@ -372,9 +373,9 @@ class Agent:
 
 
 class RandomPolicy:
-    """The policies that the paper collected with. "hold": a uniform action, kept for 1 to 10 steps (TakeCover);
-    "brownian": a_{t+1} = a_t + sqrt(dt) N(0, 1), dt = 1/50, kept within bounds (CarRacing; ctallec/world-models);
-    "uniform": anew each step, the control of `test`."""
+    """ "hold": a uniform action, kept for 1 to 99 steps, log-uniformly (TakeCover; the paper keeps it for 1 to 10, but
+    has sixteen times as many episodes in which to reach the walls); "brownian": a_{t+1} = a_t + sqrt(dt) N(0, 1),
+    dt = 1/50, kept within bounds (CarRacing); "uniform": anew each step, the control of `test`."""
 
     def __init__(self, kind, space, rng):
         self.kind, self.space, self.rng = kind, space, rng
@@ -389,7 +390,7 @@ class RandomPolicy:
             self.action = np.clip(self.action + step, self.space.low, self.space.high)
         elif self.left == 0:
             self.action = self.uniform()
-            self.left = int(self.rng.integers(1, 11)) if self.kind == "hold" else 1
+            self.left = int(10 ** self.rng.uniform(0, 2)) if self.kind == "hold" else 1
         self.left -= 1
         return self.action
 
@@ -718,7 +719,7 @@ def train_m(args):
         )
     torch.manual_seed(args.seed)
     rnn = begin(make_rnn(args), checkpoint, args)
-    train_mdnrnn(rnn, latents, dataset, args.m_steps, args.m_batch, args.seq_len, args.m_lr, args.seed, checkpoint)
+    train_mdnrnn(rnn, latents, dataset, args.m_steps, args.m_batch, args.m_lr, args.seed, checkpoint)
 
 
 def train_c(args):
@@ -911,8 +912,7 @@ def build_parser():
     add("--n-mix", type=data.positive, default=5, help="Gaussians of the mixture")
     add("--mixture", choices=("vector", "dimension"), default="vector", help="over the whole z, or for each dimension")
     add("--m-steps", type=data.positive, help="steps of Adam")
-    add("--m-batch", type=data.positive, default=64, help="windows per step")
-    add("--seq-len", type=data.positive, default=128, help="steps per window")
+    add("--m-batch", type=data.positive, default=32, help="episodes per step")
     add("--m-lr", type=float, default=1e-3, help="learning rate at the start")
     add = parser.add_argument_group("4. train-c").add_argument
     add("--in", dest="where", choices=("dream", "real"), help="where C is trained")
