@@ -340,14 +340,17 @@ def print_horizon_error(curves, count):
 
 
 def draw_horizon_error(curves, path):
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    styles = {"model": "-", "copy": ":", "simulator": "--"}
+    figure, axes = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
     for color, (run, by_name) in enumerate(curves.items()):
-        for name, style in (("model", "-"), ("copy", ":"), ("simulator", "--")):
-            label = f"{run}, {name}" if name != "model" else run
-            steps = np.arange(1, len(by_name[name]) + 1)
-            axes.plot(steps, by_name[name], style, color=f"C{color}", label=label)
+        for name, curve in by_name.items():
+            axes.plot(np.arange(1, len(curve) + 1), curve, styles[name], color=f"C{color}")
+        axes.plot([], [], color=f"C{color}", label=run)
+    for name, label in (("copy", "copying"), ("simulator", f"simulator, moved by {PERTURBATION} std")):
+        axes.plot([], [], styles[name], color="gray", label=label)
     axes.set(xlabel="model steps imagined", ylabel="squared error / variance", yscale="log")
-    axes.legend(frameon=False, fontsize="small")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(frameon=False, fontsize="small", loc="outside right upper")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

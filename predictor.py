@@ -11,8 +11,9 @@ The part of the output where the action stands is in no loss; a rollout overwrit
 
 `rwm`, the Robotic World Model (Li, Krause & Hutter, 2025, arXiv:2501.10100), section 3, for one token a frame:
 
-    o^_{t+k} ~ N(mu, sigma^2),  mu, sigma = GRU(o_{t-H+k..t}, o^_{t+1..t+k-1}, a_{t-H+k..t+k-1})           (1)
-    L = 1/K sum_{k=1..K} alpha^k ||o^_{t+k} - o_{t+k}||^2                                                  (2)
+    h = GRU(o_{t-H+1..t}, o^_{t+1..t+k-1}, a_{t-H+1..t+k-1})       reads the history, then its own predictions  (1)
+    o^_{t+k} ~ N(mu(h), sigma(h)^2)
+    L = 1/K sum_{k=1..K} alpha^k ||o^_{t+k} - o_{t+k}||^2                                                   (2)
 
 `vjepa2_ac`, V-JEPA 2-AC (Assran et al., 2025, arXiv:2506.09985), section 3, its tokens layer-normalised:
 
@@ -43,7 +44,7 @@ from vae_mdnrnn import to_tensor
 # The transition models. Each offers
 #     step(z, action) -> z        latents of T <= num_frames frames {"visual": (B, T, N, d), "proprio": (B, T, e)} and
 #                                 the actions taken there (B, T, a) -> those of the T next frames, proprio
-#                                 (B, T, copies, e)
+#                                 (B, T, copies, e); a "memory" among them comes back with the next window
 #     criterion                   the error that it is trained on and plans by
 #     embeds                      whether phi and psi come before it, or it takes normalised proprio and actions
 #     normalises                  whether tokens are layer-normalised, so that each has mean 0 and variance 1
@@ -127,12 +128,12 @@ class ViTPredictor(nn.Module):
 
 
 class RWMPredictor(nn.Module):
-    """The Robotic World Model's transition: a GRU over the window, then heads for the mean and the deviation.
+    """The Robotic World Model's transition: a GRU over history and predictions, heads for the mean and the deviation.
 
     In training a sample is what the loss sees and what the next step reads; else it is the mean. As in the release the
-    mean is a change of the last state and the loss the sample's squared error, which teaches a deviation to shrink to
-    its bound; the bounds are those from which the release's learned ones start. The window slides, as in equation 1,
-    where the release carries the GRU's state on. No privileged heads: the worlds here have no such signals.
+    GRU's state is carried on (the paper's window slides), the mean is a change of the last state, and the loss is the
+    sample's squared error, which teaches a deviation to shrink to its bound; the bounds are those from which the
+    release's learned ones start. No privileged heads: the worlds here have no such signals.
 
     Args:
         num_patches, num_frames: 1 token a frame, a history of H frames at most.
@@ -154,18 +155,22 @@ class RWMPredictor(nn.Module):
             nn.Sequential(nn.Linear(width, mlp_dim), nn.ReLU(), nn.Linear(mlp_dim, state_dim)) for _ in range(2)
         )
 
-    def forward(self, state, action):
-        """States (B, T, d + e) and actions (B, T, a) -> mean and deviation of the T next states."""
-        h, _ = self.gru(torch.cat([state, action], dim=-1))  # (B, T, width): inner autoregression
+    def forward(self, state, action, memory=None):
+        """States (B, T, d + e), actions (B, T, a), the GRU's state (depth, B, width) before them -> mean and deviation
+        of the T next states, the GRU's state after them."""
+        h, memory = self.gru(torch.cat([state, action], dim=-1), memory)  # (B, T, width): inner autoregression
         low, high = self.LOG_STD
         log_std = low + (high - low) * torch.sigmoid(self.log_std(h))
-        return state + self.mean(h), log_std.exp()
+        return state + self.mean(h), log_std.exp(), memory
 
     def step(self, z, action):
-        mean, std = self(torch.cat([z["visual"][:, :, 0], z["proprio"]], dim=-1), action)
+        state, memory = torch.cat([z["visual"][:, :, 0], z["proprio"]], dim=-1), z.get("memory")
+        if memory is not None:  # the last frame alone is new
+            state, action = state[:, -1:], action[:, -1:]
+        mean, std, memory = self(state, action, memory)
         state = mean + std * torch.randn_like(std) if self.training else mean  # reparameterised
         visual, proprio = state[:, :, None].split([z["visual"].shape[-1], z["proprio"].shape[-1]], dim=-1)
-        return {"visual": visual, "proprio": proprio}
+        return {"visual": visual, "proprio": proprio, "memory": memory}
 
 
 def rotary_tables(num_frames, side, head_dim):
@@ -379,7 +384,8 @@ class WorldModel(nn.Module):
 
     def predict(self, z, action_emb):
         """Latents of T <= num_hist frames and the actions taken there -> latents of the T next frames; the proprio
-        (B, T, copies, e), where `vit` predicts a copy with every token."""
+        (B, T, copies, e), where `vit` predicts a copy with every token. `rwm` adds a memory and, given it, predicts the
+        last frame's successor alone."""
         return self.predictor.step(z, action_emb)
 
     def error(self, predicted, target):
@@ -424,10 +430,11 @@ class WorldModel(nn.Module):
         actions: (B, T, A), one per frame from the first of z0 on, in the world's units.
         Returns latents of T + 1 frames. The window grows to num_hist frames, then slides.
         """
-        z, action_emb, H = z0, self.encode_action(actions), self.num_hist
+        z, memory, action_emb, H = z0, {}, self.encode_action(actions), self.num_hist
         for t in range(z0["visual"].shape[1], actions.shape[1] + 1):  # t frames are known
             window = {name: latent[:, -H:] for name, latent in z.items()}
-            after = self.predict(window, action_emb[:, max(t - H, 0) : t])
+            after = self.predict(window | memory, action_emb[:, max(t - H, 0) : t])
+            memory = {name: after[name] for name in after.keys() - z.keys()}
             z = {
                 "visual": torch.cat([z["visual"], after["visual"][:, -1:]], dim=1),
                 "proprio": torch.cat([z["proprio"], after["proprio"][:, -1:, 0]], dim=1),
