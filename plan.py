@@ -415,6 +415,8 @@ def main():
     if args.horizon_error:
         return compare_horizon_error(args, device)
     model = WorldModel.load(args.ckpt, device)
+    if args.alpha and not model.proprio_dim:
+        raise UserError(f"--alpha weighs proprio, which {args.ckpt} does not have beside its visual latent")
     env = make_env(model.world["env"], model.world["img_size"])
     dataset = None
     if args.goal_source == "dset":

@@ -218,7 +218,8 @@ class ACPredictor(nn.Module):
 
     The next state is the state plus a head on its token, which the release lacks: there an action *is* the change of
     the robot's pose. `integrate=True` adds the actions up instead (angles, too, where the release composes rotations);
-    it wants a world where that holds, and the statistics (0, 1) for both, so that their units agree.
+    it wants a world where that holds, and the statistics (0, 1) for both, so that their units agree. Training imagines
+    the states, too, as planning does; the release reads the true ones.
 
     Args:
         num_patches, num_frames: N tokens a frame, on a square grid; H frames at most.
@@ -428,7 +429,7 @@ class WorldModel(nn.Module):
 
         z0: latents of the first frames (B, T0, ...), as `encode` returns them; planning knows one.
         actions: (B, T, A), one per frame from the first of z0 on, in the world's units.
-        Returns latents of T + 1 frames. The window grows to num_hist frames, then slides.
+        Returns latents of T + 1 frames. The window grows to num_hist frames, then slides; `rwm` remembers all.
         """
         z, memory, action_emb, H = z0, {}, self.encode_action(actions), self.num_hist
         for t in range(z0["visual"].shape[1], actions.shape[1] + 1):  # t frames are known
