@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import UserError, run_script, write_atomic
-from encoders import ENCODERS, FrozenEncoder, build_encoder
+from encoders import build_encoder
 from vae_mdnrnn import to_tensor
 
 # ---------------------------------------------------------------------------------------------------------
@@ -306,20 +306,22 @@ PREDICTORS = {"vit": ViTPredictor, "rwm": RWMPredictor, "vjepa2_ac": ACPredictor
 # The world model
 
 
-class StateEncoder(FrozenEncoder):
+class StateEncoder(nn.Module):
     """No eyes: a frame's one token is its normalised proprio, of PointMaze the whole state (`WorldModel.encode`)."""
 
     name, num_patches, dim, img_size = "state", 1, 0, None  # dim: as the world's
 
 
-ENCODERS["state"] = lambda img_size, weights: StateEncoder()
+def build_eyes(name, img_size=None, weights=None):
+    """The encoder called `name`, or the state in the place of one."""
+    return StateEncoder() if name == "state" else build_encoder(name, img_size, weights)
 
 
 class WorldModel(nn.Module):
     """Encoder + proprio + action + transition. B batch, T frames, N tokens, d their width, e the proprio's.
 
     Args:
-        encoder: from `encoders.build_encoder`, frozen.
+        encoder: from `build_eyes`, frozen.
         action_stats, proprio_stats: (mean, std) of one environment action (DoF,) and of the proprio (P,);
             actions and proprio come in the world's units and are normalised here.
         num_hist, num_pred, frameskip: H source frames, the shift of the targets, environment steps per step.
@@ -464,7 +466,7 @@ class WorldModel(nn.Module):
             config, state = dict(content["config"]), content["model"]
             stats = [(state[f"{name}_mean"], state[f"{name}_std"]) for name in ("action", "proprio")]
             stats[0] = tuple(s[: len(s) // config["frameskip"]] for s in stats[0])  # of one environment action
-            encoder = build_encoder(config.pop("encoder"), config.pop("img_size"), weights="random")
+            encoder = build_eyes(config.pop("encoder"), config.pop("img_size"), weights="random")
             model = cls(encoder, *stats, **config.pop("sizes"), **config)
             model.load_state_dict(state)
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:

@@ -31,8 +31,7 @@ from tqdm import tqdm
 
 import data
 from data import Dataset, UserError, Windows, natural, positive, run_script, write_atomic
-from encoders import build_encoder
-from predictor import PREDICTORS, WorldModel, available_device, load_checkpoint
+from predictor import PREDICTORS, WorldModel, available_device, build_eyes, load_checkpoint
 from vae_mdnrnn import to_tensor
 
 matplotlib.use("Agg")
@@ -56,7 +55,8 @@ def get_args():
     add("--data", help="data set folder (default: datasets/ENV, or datasets/ENV_SIZE for --img-size)")
     add("--episodes", type=positive, default=3000, help="episodes to collect if there is no data set")
     add("--img-size", type=positive, default=64, help="side of the frames in the data set, in pixels")
-    add("--encoder", default="pca", help="what turns a frame into tokens; python encoders.py lists them")
+    add("--encoder", default="pca", help="what turns a frame into tokens; python encoders.py lists them. "
+        "state: no frames, the true state")  # fmt: skip
     add("--encoder-img-size", type=positive, help="side that the encoder resizes frames to (default: its own)")
     add("--weights", help="the encoder's weights: a local file, or 'random' (default: the pretrained ones)")
     add("--frameskip", type=positive, default=5, help="environment steps per model step")
@@ -211,7 +211,7 @@ def train(args):
 
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
-    encoder = build_encoder(args.encoder, args.encoder_img_size, args.weights if resumed is None else "random")
+    encoder = build_eyes(args.encoder, args.encoder_img_size, args.weights if resumed is None else "random")
     dataset = open_dataset(args)
     train_episodes, val_episodes = dataset.split()
     num_frames, rollout = args.num_hist + args.rollout_steps, (args.rollout_steps, args.rollout_decay)
