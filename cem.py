@@ -6,6 +6,10 @@ CEM (Rubinstein, 1999) keeps a Gaussian over action sequences and moves it to wh
     E = the topk candidates of least cost     keep the elites
     mean, std <- mean(E), std(E)              and again, opt_steps times
 
+V-JEPA 2-AC (Assran et al., 2025, arXiv:2506.09985; the released code) keeps the candidates in a ball around zero,
+|a| <= maxnorm in every dimension, and moves the Gaussian with momentum: mean <- momentum mean + (1 - momentum) mean(E),
+and std alike.
+
 MPC executes the first steps of the plan, looks at where it really is, and plans again from there, starting
 from what is left of the old plan (DINO-WM, Zhou et al., 2024, arXiv:2411.04983, section 3.3 and the released
 code, which executes n_taken_actions steps; the paper executes one).
@@ -19,7 +23,9 @@ import numpy as np
 import torch
 
 
-def cem(cost, mean, std, num_samples=300, topk=30, opt_steps=10, generator=None):
+def cem(
+    cost, mean, std, num_samples=300, topk=30, opt_steps=10, generator=None, momentum=0.0, maxnorm=float("inf")
+):  # fmt: skip
     """Solves B planning problems at once.
 
     Args:
@@ -27,6 +33,7 @@ def cem(cost, mean, std, num_samples=300, topk=30, opt_steps=10, generator=None)
         mean, std: (B, T, A), where the search starts and how widely.
         num_samples, topk, opt_steps: M candidates, of which `topk` become elites, `opt_steps` times.
         generator: a torch.Generator on the device of `mean`.
+        momentum, maxnorm: how much of the old Gaussian stays; the bound of the candidates.
     Returns the last mean, actions (B, T, A).
     Raises ValueError if there are fewer candidates than elites, or fewer than two elites.
     """
@@ -37,9 +44,10 @@ def cem(cost, mean, std, num_samples=300, topk=30, opt_steps=10, generator=None)
         noise = torch.randn(B, num_samples, T, A, generator=generator, device=mean.device)
         candidates = mean[:, None] + std[:, None] * noise  # (B, M, T, A)
         candidates[:, 0] = mean
+        candidates.clamp_(-maxnorm, maxnorm)
         elite = cost(candidates).topk(topk, dim=1, largest=False).indices  # (B, K)
         elites = candidates.gather(1, elite[:, :, None, None].expand(-1, -1, T, A))  # (B, K, T, A)
-        mean, std = elites.mean(1), elites.std(1)
+        mean, std = elites.mean(1).lerp(mean, momentum), elites.std(1).lerp(std, momentum)
     return mean
 
 

@@ -5,13 +5,17 @@ to the goal's (DINO-WM, arXiv:2411.04983, section 3.3; alpha weighs proprio as i
 
     J(a) = ||z^_T - z_g||^2 + alpha ||p^_T - p_g||^2          (means over tokens and dimensions)
 
-MPC executes n_taken_actions model steps of frameskip environment steps each, observes, and plans again.
+MPC executes n_taken_actions model steps of frameskip environment steps each, observes, and plans again. A model that
+is trained on the absolute error (V-JEPA 2-AC, arXiv:2506.09985) plans by it, too.
 
     python plan.py                                             # the newest run
     python plan.py --ckpt runs/pointmaze_vae --seed 99 7 2024  # 3 x 50 problems
     python plan.py --baselines random,oracle                   # with its controls, on the same problems
+    python plan.py --num-samples 400 --topk 10 --momentum 0.15 --maxnorm 1   # CEM as V-JEPA 2-AC has it
+    python plan.py --horizon-error 20 --ckpt runs/a runs/b     # how imagination departs from the world, step by step
 
-Writes plan_outputs/NAME/: results.json, success.png, and GIFs of a few problems: start, what happened, goal.
+Writes plan_outputs/NAME/: results.json, success.png, and GIFs of a few problems: start, what happened, goal; or
+horizon_error.json and horizon_error.png.
 """
 
 import argparse
@@ -40,7 +44,7 @@ def get_args():
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--ckpt", help="the run to plan with (default: the newest under runs/)")
+    add("--ckpt", nargs="+", help="the run to plan with (default: the newest under runs/)")
     add("--seed", type=natural, nargs="+", default=[99], help="of the problems and of CEM; several are pooled")
     add("--n-evals", type=positive, default=50, help="problems per seed")
     add("--goal-source", choices=("random_state", "dset"), default="random_state",
@@ -53,8 +57,12 @@ def get_args():
     add("--topk", type=positive, default=30, help="CEM elites")
     add("--opt-steps", type=positive, default=10, help="CEM iterations per plan")
     add("--var-scale", type=float, default=1.0, help="initial standard deviation, in units of the data's actions")
+    add("--momentum", type=float, default=0.0, help="of CEM's mean and deviation; V-JEPA 2-AC: 0.15")
+    add("--maxnorm", type=float, help="bound of CEM's candidates, in the unit of --var-scale (default: none)")
     add("--alpha", type=float, default=0.0, help="weight of proprio in the cost")
     add("--baselines", default="", help="controls on the same problems: random,oracle")
+    add("--horizon-error", type=positive, metavar="T", help="do not plan: the error of T imagined model steps under "
+        "random actions, for each --ckpt, averaged over n_evals trajectories a seed")  # fmt: skip
     add("--n-gifs", type=natural, default=4, help="problems to film")
     add("--name", help="of the result, under plan_outputs/ (default: the run's)")
     add("--device", type=available_device, default="cuda" if torch.cuda.is_available() else "cpu")
@@ -67,14 +75,20 @@ def get_args():
         raise UserError(f"--n-taken-actions {args.n_taken_actions} is more than --goal-H {args.goal_H} plans")
     if args.var_scale <= 0 or args.alpha < 0:
         raise UserError("--var-scale must be above 0, and --alpha not below")
+    if not 0 <= args.momentum < 1 or args.maxnorm is not None and args.maxnorm <= 0:
+        raise UserError("--momentum must be at least 0 and below 1, and --maxnorm above 0")
     if unknown := set(args.baselines) - {"random", "oracle"}:
         raise UserError(f"unknown --baselines {', '.join(unknown)}; known: random, oracle")
     if args.ckpt is None:
         runs = sorted(Path("runs").glob("*/model.pt"), key=lambda path: path.stat().st_mtime)
         if not runs:
             raise UserError("no trained model under runs/: python train.py first, or give --ckpt")
-        args.ckpt = str(runs[-1].parent)
-    args.name = args.name or Path(args.ckpt).resolve().name
+        args.ckpt = [str(runs[-1].parent)]
+    args.name = args.name or Path(args.ckpt[0]).resolve().name
+    if args.horizon_error is None:
+        args.ckpt, *more = args.ckpt
+        if more:
+            raise UserError("one --ckpt at a time can plan; --horizon-error compares several")
     return args
 
 
@@ -166,8 +180,11 @@ def latent_cost(model, worlds, alpha, device):
             costs = []
             for index, chunk in zip(owner.split(piece), actions.flatten(0, 1).split(piece), strict=True):
                 z = model.rollout({name: latent[index] for name, latent in z0.items()}, chunk)
-                error = {k: (z[k][:, -1] - goal[k][index, 0]).square().flatten(1).mean(1) for k in z}
-                costs.append(error["visual"] + alpha * error["proprio"])
+                error = {
+                    k: model.predictor.criterion(z[k][:, -1], goal[k][index, 0], reduction="none").flatten(1).mean(1)
+                    for k in z if z[k].numel()
+                }  # fmt: skip
+                costs.append(error["visual"] + alpha * error.get("proprio", 0))
             return torch.cat(costs).view(B, M)
 
         return cost
@@ -204,7 +221,8 @@ def solve(worlds, cost_for, model, args, device, bar=None):
     @torch.no_grad()
     def plan(problems, mean):
         cost, std = cost_for(problems), torch.full_like(mean, args.var_scale)
-        return cem(lambda a: cost(to_world(a)), mean, std, args.num_samples, args.topk, args.opt_steps, generator)
+        budget, maxnorm = (args.num_samples, args.topk, args.opt_steps), args.maxnorm or math.inf
+        return cem(lambda a: cost(to_world(a)), mean, std, *budget, generator, args.momentum, maxnorm)
 
     def act(problems, actions):
         reached = worlds.act(problems, to_world(actions).cpu().numpy())
@@ -236,6 +254,7 @@ def controls(env, starts, goals, model, args):
     the budget alone."""
     budget = {k: getattr(args, k) for k in (
         "seed", "goal_H", "n_taken_actions", "max_iter", "num_samples", "topk", "opt_steps", "var_scale",
+        "momentum", "maxnorm",
     )}  # fmt: skip
     key = repr((model.world["env"], model.frameskip, budget)).encode() + starts.tobytes() + goals.tobytes()
     key += model.action_std.cpu().numpy().tobytes() + model.action_mean.cpu().numpy().tobytes()
@@ -251,6 +270,104 @@ def controls(env, starts, goals, model, args):
         known[name] = success.float().mean(1).tolist()
         write_atomic(path, lambda p: p.write_text(json.dumps(known)))
     return {name: known[name] for name in args.baselines}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The error of imagination by horizon
+
+PERTURBATION = 0.01  # of a state, in standard deviations of the data's
+
+
+def record(env, states, actions):
+    """What is seen along actions (B, T, A) from states: the observations {name: (B, T + 1, ...)}, and the states."""
+    worlds = Worlds(env, states, states)
+    obs, visited = [{k: o.copy() for k, o in worlds.obs.items()}], [worlds.states.copy()]
+    for t in tqdm(range(actions.shape[1]), desc="simulate", unit="step"):
+        worlds.act(np.arange(len(states)), actions[:, t])
+        obs.append({k: o.copy() for k, o in worlds.obs.items()})
+        visited.append(worlds.states.copy())
+    return {k: np.stack([o[k] for o in obs], axis=1) for k in obs[0]}, visited
+
+
+@torch.no_grad()
+def horizon_error(env, models, args, device):
+    """{run: {"model", "copy", "simulator": errors of steps 1 .. T}}, in the run's own visual latent.
+
+    A model knows the frames from which its training rollouts start and imagines T more under random actions. The error
+    is mean ||z^ - z||^2 over the trajectories and numbers, divided by z's variance over them: 1 is as bad as always
+    saying the mean. "copy" holds the last known frame; "simulator" is the true one, begun from that frame's state plus
+    normal noise of 0.01 standard deviations: how far two worlds drift apart that were almost the same.
+    """
+    T, count, reference = args.horizon_error, len(args.seed) * args.n_evals, models[0]
+    rng = np.random.default_rng([*args.seed, 2])
+    before = max(model.context for model in models) - 1  # true frames that come before the last known one
+    starts = np.array([env.sample_state(rng) for _ in range(count)])
+    shape = (count, before + T, reference.frameskip, *env.action_space.shape)
+    actions = rng.uniform(env.action_space.low, env.action_space.high, shape).astype(np.float32).reshape(*shape[:2], -1)
+    obs, states = record(env, starts, actions)
+    noise = PERTURBATION * reference.proprio_std.cpu().numpy() * rng.normal(size=starts.shape)
+    moved, _ = record(env, states[before] + noise, actions[:, before:])
+
+    def encode(model, obs, first=0):
+        """Latents of the frames from `first` on, one trajectory at a time: pretrained eyes need the memory."""
+        one_by_one = zip(*(torch.from_numpy(o[:, None, first:]) for o in obs.values()), strict=True)
+        z = [model.encode(dict(zip(obs, (o.to(device) for o in each), strict=True))) for each in one_by_one]
+        return {name: torch.cat([latent[name] for latent in z]) for name in z[0]}
+
+    curves = {}
+    for run, model in zip(args.ckpt, models, strict=True):
+        first = before + 1 - model.context
+        z = encode(model, obs, first)
+        known = {name: latent[:, : model.context] for name, latent in z.items()}
+        imagined = model.rollout(known, torch.from_numpy(actions[:, first:]).to(device))["visual"][:, model.context :]
+        z = z["visual"][:, model.context - 1 :]  # (B, 1 + T, N, d): the last known frame, then what came
+        z, last = z[:, 1:], z[:, :1]
+        variance = (z - z.mean((0, 1))).square().mean()
+        predictions = {"model": imagined, "copy": last, "simulator": encode(model, moved)["visual"][:, 1:]}
+        curves[run] = {k: ((p - z).square().mean((0, 2, 3)) / variance).tolist() for k, p in predictions.items()}
+    return curves
+
+
+def print_horizon_error(curves, count):
+    steps = [h for h in (1, 2, 3, 5, 10, 15, 20, 30, 50) if h <= len(next(iter(curves.values()))["model"])]
+    width = max(len(run) for run in curves) + 2
+    print(f"\nerror of the visual latent over its variance, {count} trajectories, by model steps imagined")
+    print(" " * width + "".join(f"{h:>9}" for h in steps))
+    for run, by_name in curves.items():
+        for name, curve in by_name.items():
+            label = {"model": run, "copy": "  copying", "simulator": "  simulator"}[name]
+            print(label.ljust(width) + "".join(f"{curve[h - 1]:9.4f}" for h in steps))
+
+
+def draw_horizon_error(curves, path):
+    styles = {"model": "-", "copy": ":", "simulator": "--"}
+    figure, axes = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
+    for color, (run, by_name) in enumerate(curves.items()):
+        for name, curve in by_name.items():
+            axes.plot(np.arange(1, len(curve) + 1), curve, styles[name], color=f"C{color}")
+        axes.plot([], [], color=f"C{color}", label=run)
+    for name, label in (("copy", "copying"), ("simulator", f"simulator, moved by {PERTURBATION} std")):
+        axes.plot([], [], styles[name], color="gray", label=label)
+    axes.set(xlabel="model steps imagined", ylabel="squared error / variance", yscale="log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.legend(frameon=False, fontsize="small", loc="outside right upper")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def compare_horizon_error(args, device):
+    """`horizon_error` of the runs, as a table, a plot and a file."""
+    models = [WorldModel.load(run, device) for run in args.ckpt]
+    if len({(model.world["env"], model.world["img_size"], model.frameskip) for model in models}) > 1:
+        raise UserError("--horizon-error compares runs of one environment, --img-size and --frameskip")
+    env = make_env(models[0].world["env"], models[0].world["img_size"])
+    curves = horizon_error(env, models, args, device)
+    out = Path("plan_outputs") / args.name
+    result = {"args": vars(args), "curves": curves}
+    write_atomic(out / "horizon_error.json", lambda path: path.write_text(json.dumps(result, indent=1)))
+    write_atomic(out / "horizon_error.png", lambda path: draw_horizon_error(curves, path))
+    print_horizon_error(curves, len(args.seed) * args.n_evals)
+    print(f"\n{out}/ holds horizon_error.json and horizon_error.png")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -295,7 +412,11 @@ def write_gif(path, film, goal, scale=4):
 def main():
     args = get_args()
     device = torch.device(args.device)
+    if args.horizon_error:
+        return compare_horizon_error(args, device)
     model = WorldModel.load(args.ckpt, device)
+    if args.alpha and not model.proprio_dim:
+        raise UserError(f"--alpha weighs proprio, which {args.ckpt} does not have beside its visual latent")
     env = make_env(model.world["env"], model.world["img_size"])
     dataset = None
     if args.goal_source == "dset":

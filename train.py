@@ -1,12 +1,15 @@
 """Fit a world model on a data set of trajectories, in the latent space of a frozen encoder.
 
-The encoder is frozen, so every frame is encoded once into a token cache; then windows of num_hist + num_pred
+The encoder is frozen, so every frame is encoded once into a token cache; then windows of num_hist + rollout_steps
 model steps are drawn and the transition model learns to predict the next latents (predictor.py has the loss).
 
     python train.py                                  # laptop: PointMaze, PCA latent, no download, minutes
     python train.py --encoder vae                    # the V of World Models instead
     python train.py --encoder dinov2 --img-size 224  # DINO-WM at the paper's size; wants a GPU
     python train.py --encoder dinov3 --weights model.safetensors
+    python train.py --rollout-steps 5                # learns from its own predictions, too
+    python train.py --predictor rwm --encoder state  # the Robotic World Model on the true state
+    python train.py --predictor vjepa2_ac            # V-JEPA 2-AC
 
 Writes runs/NAME/: args.json, model.pt, log.csv, curves.png. A run that was interrupted goes on from its last
 epoch when the same command is given again, and ends bit for bit (on the CPU) where it would have.
@@ -28,16 +31,18 @@ from tqdm import tqdm
 
 import data
 from data import Dataset, UserError, Windows, natural, positive, run_script, write_atomic
-from encoders import build_encoder
-from predictor import WorldModel, available_device, load_checkpoint
+from predictor import PREDICTORS, WorldModel, available_device, build_eyes, load_checkpoint
 from vae_mdnrnn import to_tensor
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-# The transition model's size: the paper's for patch tokens, one that suits a laptop for a single token.
+# The transition model's size: vit has the paper's for patch tokens and one that suits a laptop for a single token, rwm
+# the paper's, vjepa2_ac a small one (the paper's is width 1024, depth 24, heads 16, mlp_dim 4096).
 PAPER = dict(depth=6, heads=16, dim_head=64, mlp_dim=2048, dropout=0.1)
 LAPTOP = dict(depth=4, heads=4, dim_head=32, mlp_dim=256, dropout=0.0)
+RWM = dict(width=256, depth=2, mlp_dim=128)
+AC = dict(width=128, depth=4, heads=4, mlp_dim=512)
 FIT_FRAMES = 20_000  # of the training episodes, for encoders that learn from frames
 
 
@@ -50,7 +55,8 @@ def get_args():
     add("--data", help="data set folder (default: datasets/ENV, or datasets/ENV_SIZE for --img-size)")
     add("--episodes", type=positive, default=3000, help="episodes to collect if there is no data set")
     add("--img-size", type=positive, default=64, help="side of the frames in the data set, in pixels")
-    add("--encoder", default="pca", help="what turns a frame into tokens; python encoders.py lists them")
+    add("--encoder", default="pca", help="what turns a frame into tokens; python encoders.py lists them. "
+        "state: no frames, the true state")  # fmt: skip
     add("--encoder-img-size", type=positive, help="side that the encoder resizes frames to (default: its own)")
     add("--weights", help="the encoder's weights: a local file, or 'random' (default: the pretrained ones)")
     add("--frameskip", type=positive, default=5, help="environment steps per model step")
@@ -58,24 +64,47 @@ def get_args():
     add(
         "--num-pred", type=int, default=1, choices=(1,), help="model steps ahead that it predicts; 1, as in the release"
     )
-    add("--depth", type=positive, help="layers of the transition model (default: 6 for patches, 4 for one token)")
-    add("--heads", type=positive, help="attention heads (default: 16, 4)")
-    add("--mlp-dim", type=positive, help="width of the feed-forward layers (default: 2048, 512)")
-    add("--dropout", type=float, help="(default: 0.1, 0)")
+    add("--predictor", default="vit", choices=PREDICTORS, help="the transition model")
+    add("--predictor-weights", metavar="PATH", help="where vjepa2_ac starts from: a released predictor of its size")
+    add("--rollout-steps", type=positive, help="frames that it imagines in training, the gradient going through all; "
+        "1 is teacher forcing alone (default: its paper's, vit 1, rwm 8, vjepa2_ac 2)")  # fmt: skip
+    add("--rollout-decay", type=float, default=1.0, help="weight of an imagined frame, over that of the one before")
+    add("--width", type=positive, help="of the stream of vjepa2_ac or the GRU of rwm (default: 128, 256)")
+    add("--depth", type=positive, help="layers of the transition model (default: vit 6 for patches, else 4; rwm 2)")
+    add("--heads", type=positive, help="attention heads (default: vit 16 for patches, else 4)")
+    add("--mlp-dim", type=positive, help="width of its feed-forward layers (default: vit 2048 for patches, else 256; "
+        "rwm 128; vjepa2_ac 512)")  # fmt: skip
+    add("--dropout", type=float, help="of vit (default: 0.1 for patches, else 0)")
     add("--epochs", type=positive, help="passes over the windows (default: 100 for patches, 20 for one token)")
     add("--batch-size", type=positive, help="windows per step (default: 32 for patches, 128 for one token)")
     add("--lr", type=float, default=5e-4, help="AdamW's learning rate at its peak")
     add("--seed", type=natural, default=0, help="one seed makes the run repeatable")
-    add("--name", help="of the run, under runs/ (default: ENV_ENCODER)")
+    add("--name", help="of the run, under runs/ (default: ENV_ENCODER, and _PREDICTOR if it is not vit)")
     add("--overwrite", action="store_true", help="start anew although runs/NAME is there")
     add("--device", type=available_device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    args.name = args.name or f"{args.env}_{args.encoder}"
+    args.name = args.name or f"{args.env}_{args.encoder}" + f"_{args.predictor}" * (args.predictor != "vit")
+    args.rollout_steps = args.rollout_steps or PREDICTORS[args.predictor].rollout_steps
     for option in ("lr", "dropout"):
         value = getattr(args, option)
         if value is not None and not 0 <= value < 1:
             raise UserError(f"--{option} {value} is not between 0 and 1")
+    if not 0 < args.rollout_decay <= 1:
+        raise UserError(f"--rollout-decay {args.rollout_decay} is not above 0 and at most 1")
+    if args.predictor_weights and args.predictor != "vjepa2_ac":
+        raise UserError(f"--predictor-weights are for --predictor vjepa2_ac, not {args.predictor}")
     return args
+
+
+def transition_sizes(args, single):
+    """The transition model's keyword arguments: its default sizes, and what the flags say otherwise."""
+    sizes = dict({"vit": LAPTOP if single else PAPER, "rwm": RWM, "vjepa2_ac": AC}[args.predictor])
+    for name in ("width", "depth", "heads", "mlp_dim", "dropout"):
+        if (value := getattr(args, name)) is not None:
+            if name not in sizes:
+                raise UserError(f"--predictor {args.predictor} has no --{name.replace('_', '-')}")
+            sizes[name] = value
+    return sizes
 
 
 def open_dataset(args):
@@ -129,17 +158,18 @@ def learning_rate(step, total_steps, warmup=0.05):
 
 
 @torch.no_grad()
-def validate(model, windows, tokens, batch_size, device):
-    """Validation losses {"val", "val_visual", "val_proprio"}, and "copy": the visual error of predicting no change."""
+def validate(model, windows, tokens, batch_size, device, rollout):
+    """Validation losses {"val", "val_visual", "val_proprio", with rollouts "val_rollout"}, and "copy": the visual error
+    of predicting no change."""
     model.eval()
-    sums = dict.fromkeys(("val", "val_visual", "val_proprio", "copy"), 0.0)
+    sums = {}
     for batch in batches(windows, tokens, batch_size, device, np.arange(len(windows))):
-        loss, parts = model.loss(batch)
-        visual = batch["visual"]
-        copy = (visual[:, : model.num_hist] - visual[:, model.num_pred :]).square().mean()
-        values = (loss.item(), parts["visual"], parts["proprio"], copy.item())
-        for name, value in zip(sums, values, strict=True):
-            sums[name] += value * len(visual) / len(windows)
+        loss, parts = model.loss(batch, *rollout)
+        visual = model.encode(batch)["visual"][:, : model.num_hist + model.num_pred]
+        copy = model.predictor.criterion(visual[:, : model.num_hist], visual[:, model.num_pred :])
+        values = {"val": loss.item(), **{f"val_{name}": part for name, part in parts.items()}, "copy": copy.item()}
+        for name, value in values.items():
+            sums[name] = sums.get(name, 0.0) + value * len(visual) / len(windows)
     return sums
 
 
@@ -181,26 +211,33 @@ def train(args):
 
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
-    encoder = build_encoder(args.encoder, args.encoder_img_size, args.weights if resumed is None else "random")
+    encoder = build_eyes(args.encoder, args.encoder_img_size, args.weights if resumed is None else "random")
     dataset = open_dataset(args)
     train_episodes, val_episodes = dataset.split()
-    num_frames = args.num_hist + args.num_pred
+    num_frames, rollout = args.num_hist + args.rollout_steps, (args.rollout_steps, args.rollout_decay)
+    longest = (dataset.episode_ends - dataset.episode_starts).max() * dataset.meta["frameskip"] // args.frameskip
+    if args.num_hist + args.num_pred <= longest < num_frames:
+        raise UserError(
+            f"--rollout-steps {args.rollout_steps} after --num-hist {args.num_hist} needs episodes of {num_frames} "
+            f"model steps; the longest of {dataset.path} has {longest}"
+        )
     train_windows = Windows(dataset, train_episodes, num_frames, args.frameskip)
     val_windows = Windows(dataset, val_episodes, num_frames, args.frameskip)
 
+    single = encoder.num_patches == 1
+    sizes = transition_sizes(args, single)
     if resumed is None and hasattr(encoder, "fit"):
         rows = dataset.rows(train_episodes)
         sample = np.sort(rng.choice(rows, min(FIT_FRAMES, len(rows)), replace=False))
         encoder.to(device).fit(dataset.frames[sample], seed=args.seed)
-    single = encoder.num_patches == 1
-    vit = dict(LAPTOP if single else PAPER)
-    vit |= {k: v for k in vit if (v := getattr(args, k, None)) is not None}
     epochs, batch_size = args.epochs or (20 if single else 100), args.batch_size or (128 if single else 32)
     stats = dataset.statistics(train_episodes)
     model = WorldModel(
         encoder, stats["action"], stats["proprio"], args.num_hist, args.num_pred, args.frameskip,
-        world=dict(env=args.env, img_size=args.img_size, data=str(dataset.path)), **vit,
+        world=dict(env=args.env, img_size=args.img_size, data=str(dataset.path)), predictor=args.predictor, **sizes,
     ).to(device)  # fmt: skip
+    if args.predictor_weights and resumed is None:
+        model.predictor.load_released(args.predictor_weights)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr)
     steps_per_epoch = -(-len(train_windows) // batch_size)
@@ -213,7 +250,7 @@ def train(args):
         schedule.load_state_dict(resumed["schedule"])
         log = resumed["log"]
         print(f"{directory}: going on after epoch {len(log)} of {epochs}")
-    tokens = token_cache(model.encoder, dataset, device)
+    tokens = dataset.states[:, None] if args.encoder == "state" else token_cache(model.encoder, dataset, device)
 
     if resumed is None:
         shutil.rmtree(directory, ignore_errors=True)
@@ -226,7 +263,7 @@ def train(args):
         start, total = time.perf_counter(), torch.zeros((), device=device)
         for batch in batches(train_windows, tokens, batch_size, device, order):
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss, _ = model.loss(batch)
+                loss, _ = model.loss(batch, *rollout)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -236,7 +273,7 @@ def train(args):
         if not total.isfinite():
             raise UserError(f"the loss is not finite in epoch {epoch + 1}: try a smaller --lr")
         entry = {"epoch": epoch + 1, "train": total.item() / steps_per_epoch}
-        entry |= validate(model, val_windows, tokens, batch_size, device)
+        entry |= validate(model, val_windows, tokens, batch_size, device, rollout)
         log.append(entry | {"seconds": round(time.perf_counter() - start, 2)})
         bar.set_postfix_str(f"val {entry['val']:.4f}, copying {entry['copy']:.4f}")
         unfinished = dict(optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), log=log)
