@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 import cem
@@ -289,6 +290,24 @@ def test_mpc_warm_starts_and_leaves_solved_worlds_alone():
     assert acted == [[0, 1, 2], [0, 2], [2]]
     assert success.tolist() == [[False, True, False], [True, True, False], [True, True, False]]
     assert means[1][0].flatten().tolist() == [3, 0, 0]  # what was left of the plan, then zeros
+
+
+def test_cem_with_momentum_stays_in_its_ball():
+    generator = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    seen = []
+    cost = lambda a: seen.append(a) or (a - 2).square().sum((2, 3))  # noqa: E731
+    mean, std = torch.full((1, 2, 3), 0.2), torch.ones(1, 2, 3)
+    out = cem.cem(cost, mean, std, 50, 5, 1, generator(), momentum=0.25, maxnorm=0.5)
+    elites = seen[0][0][cost(seen[0])[0].topk(5, largest=False).indices]
+    torch.testing.assert_close(out[0], 0.75 * elites.mean(0) + 0.25 * mean[0])
+    assert seen[0].abs().max() == 0.5
+    seen.clear()
+    out = cem.cem(cost, mean, std, 50, 5, 2, generator(), momentum=0.25)
+    first = seen[0][0][(seen[0] - 2).square().sum((2, 3))[0].topk(5, largest=False).indices]
+    noise = (seen[1][0, 1:] - (0.75 * first.mean(0) + 0.25 * mean[0])) / (0.75 * first.std(0) + 0.25 * std[0])
+    source = generator()
+    _, second = (torch.randn(1, 50, 2, 3, generator=source) for _ in range(2))
+    torch.testing.assert_close(noise, second[0, 1:], atol=1e-4, rtol=1e-4)  # the deviation has momentum, too
 
 
 # -- vae_mdnrnn.py ------------------------------------------------------------------------------------------
@@ -812,6 +831,289 @@ def test_checkpoint_round_trip_and_refusals(tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
+class TinyEyes(encoders.FrozenEncoder):
+    """Stands in for an encoder of N tokens of d numbers."""
+
+    img_size = 8
+
+    def __init__(self, num_patches, dim, name="tiny"):
+        super().__init__()
+        self.name, self.num_patches, self.dim = name, num_patches, dim
+
+
+SIZES = {
+    "vit": dict(depth=2, heads=2, mlp_dim=16, dropout=0.0),
+    "rwm": dict(width=16, mlp_dim=8),
+    "vjepa2_ac": dict(width=24, depth=2, heads=2, mlp_dim=32),
+}
+
+
+def tiny_transition(name, num_patches=1, dim=6, num_hist=3, state=False, **sizes):
+    """A world model of this transition, and a batch of 7 frames."""
+    torch.manual_seed(0)
+    eyes = predictor.StateEncoder() if state else TinyEyes(num_patches, dim)
+    stats = (torch.tensor([0.1, -0.1]), torch.tensor([0.5, 0.6])), (torch.zeros(4), torch.full((4,), 2.0))
+    model = predictor.WorldModel(eyes, *stats, num_hist, predictor=name, **(SIZES[name] | sizes))
+    batch = {"visual": torch.randn(5, 7, num_patches, dim), "proprio": torch.randn(5, 7, 4)}
+    return model.eval(), batch | {"action": torch.rand(5, 7, 10)}
+
+
+MODELS = [("vit", 4, False), ("vit", 1, True), ("rwm", 1, False), ("rwm", 1, True), ("vjepa2_ac", 4, False)]
+
+
+@pytest.mark.parametrize("name, num_patches, state", MODELS)
+def test_every_transition_is_causal_and_its_rollout_is_its_steps(name, num_patches, state):
+    model, batch = tiny_transition(name, num_patches, state=state)
+    with torch.no_grad():
+        z, actions = model.encode(batch), model.encode_action(batch["action"])
+        window = {k: latent[:, :3] for k, latent in z.items()}
+        before = model.predict(window, actions[:, :3])
+        assert before["visual"].shape == window["visual"].shape
+        assert before["proprio"].shape[-1] == z["proprio"].shape[-1] == (0 if state else 10 if name == "vit" else 4)
+        for t in range(3):  # a frame and its action move their own prediction and later ones, no earlier one
+            moved = {k: latent.clone() for k, latent in window.items()}
+            moved["visual"][:, t] += torch.randn_like(moved["visual"][:, t])
+            for after in (
+                model.predict(moved, actions[:, :3]),
+                model.predict(window, actions[:, :3].index_add(1, torch.tensor([t]), torch.ones(5, 1, 10))),
+            ):
+                change = (after["visual"] - before["visual"]).abs().amax((0, 2, 3)) > 1e-6
+                assert change[t:].all() and not change[:t].any()
+        shorter = model.predict({k: latent[:, :2] for k, latent in z.items()}, actions[:, :2])
+        torch.testing.assert_close(shorter["visual"], before["visual"][:, :2])  # a shorter window is a prefix
+
+        imagined = model.rollout({k: latent[:, :1] for k, latent in z.items()}, batch["action"][:, :5])
+        for t in range(1, 6):
+            first = 0 if name == "rwm" else max(t - 3, 0)  # a GRU's memory is as long as what it has read
+            window = {k: latent[:, first:t] for k, latent in imagined.items()}
+            after = model.predict(window, actions[:, first:t])
+            torch.testing.assert_close(imagined["visual"][:, t], after["visual"][:, -1])
+
+
+def test_one_rollout_step_is_teacher_forcing_bit_for_bit():
+    model, batch = tiny_transition("vit", 4)
+    batch = {k: value[:, :4] for k, value in batch.items()}
+    z = model.encode(batch)
+    source = {k: latent[:, :3] for k, latent in z.items()}
+    predicted = model.predict(source, model.encode_action(batch["action"][:, :3]))
+    visual = F.mse_loss(predicted["visual"], z["visual"][:, 1:])
+    target = z["proprio"][:, 1:].detach()
+    proprio = F.mse_loss(predicted["proprio"], target[:, :, None].expand_as(predicted["proprio"]))
+    expected = (6 * visual + 10 * proprio) / 16
+    loss, parts = model.loss(batch)
+    assert torch.equal(loss, expected) and parts == {"visual": visual.item(), "proprio": proprio.item()}
+    assert torch.equal(model.loss(batch, 1, 0.5)[0], expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(loss, model.parameters()), torch.autograd.grad(expected, model.parameters()), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name, num_patches", [("vit", 4), ("rwm", 1), ("vjepa2_ac", 4)])
+def test_rollout_loss_by_hand(name, num_patches):
+    model, batch = tiny_transition(name, num_patches)
+    K, decay, start = 4, 0.5, 3 if name == "rwm" else 1
+    z = model.encode(batch)
+    imagined = model.rollout({k: latent[:, :start] for k, latent in z.items()}, batch["action"][:, : start + K - 1])
+    rollout = 0
+    for k in range(1, K + 1):
+        error = 0
+        for part in ("visual", "proprio"):
+            difference = imagined[part][:, start + k - 1] - z[part][:, start + k - 1]
+            error += (difference.abs() if name == "vjepa2_ac" else difference.square()).mean() * z[part].shape[-1]
+        rollout += decay**k * error / (z["visual"].shape[-1] + z["proprio"].shape[-1]) / K
+    loss, parts = model.loss(batch, K, decay)
+    torch.testing.assert_close(loss, model.loss(batch)[0] + rollout)
+    assert parts["rollout"] == pytest.approx(rollout.item(), rel=1e-5)
+    assert parts["visual"] == model.loss(batch)[1]["visual"]
+
+
+@pytest.mark.parametrize("name, num_patches", [("vit", 4), ("rwm", 1), ("vjepa2_ac", 4)])
+def test_gradient_goes_through_the_rollout(name, num_patches):
+    """The last imagined frame depends on the first action by way of all frames between them."""
+    model, batch = tiny_transition(name, num_patches, num_hist=2)
+    actions = batch["action"][:, :5].requires_grad_()
+    z = model.rollout({k: latent[:, :1] for k, latent in model.encode(batch).items()}, actions)
+    (gradient,) = torch.autograd.grad(z["visual"][:, -1].square().sum(), actions)
+    assert (gradient.abs().amax((0, 2)) > 0).all()  # num_hist is 2: the first three act through predictions alone
+
+
+def test_rwm_trains_on_samples_and_imagines_means():
+    model, batch = tiny_transition("rwm")
+    z = model.encode(batch)
+    state, action = (
+        torch.cat([z["visual"][:, :, 0], z["proprio"]], -1)[:, :3],
+        model.encode_action(batch["action"])[:, :3],
+    )
+    mean, std, _ = model.predictor(state, action)
+    low, high = model.predictor.LOG_STD
+    assert mean.shape == std.shape == (5, 3, 10) and (std > np.exp(low)).all() and (std < np.exp(high)).all()
+    window = {k: latent[:, :3] for k, latent in z.items()}
+    torch.testing.assert_close(model.predict(window, action)["visual"][:, :, 0], mean[..., :6])
+    h = model.predictor.gru(torch.cat([state, action], -1))[0]
+    torch.testing.assert_close(mean, state + model.predictor.mean(h))  # a change of the last state
+
+    model.train()
+    torch.manual_seed(1)
+    noise = torch.randn(5, 3, 10)
+    torch.manual_seed(1)
+    sample = model.predict(window, action)
+    torch.testing.assert_close(sample["visual"][:, :, 0], (mean + std * noise)[..., :6])
+    torch.testing.assert_close(sample["proprio"][:, :, 0], (mean + std * noise)[..., 6:])
+    loss, _ = model.loss(batch, 4)
+    gradient = torch.autograd.grad(loss, [model.predictor.log_std[2].bias, model.predictor.mean[2].bias])
+    assert all((g.abs() > 0).all() for g in gradient)  # reparameterised: both heads learn
+
+
+def test_rwm_imagines_as_it_trains():
+    """In eval mode the frames of the training loss and those of a rollout are the same, from the same history."""
+    model, batch = tiny_transition("rwm", state=True)
+    seen = []
+    step = model.predictor.step
+    model.predictor.step = lambda z, a: seen.append(step(z, a)) or seen[-1]
+    model.loss(batch, 4)
+    trained = torch.stack([z["visual"][:, -1] for z in seen[1:]], 1)  # the first call is the teacher's
+    model.predictor.step = step
+    z = model.rollout({k: latent[:, :3] for k, latent in model.encode(batch).items()}, batch["action"][:, :6])
+    assert torch.equal(z["visual"][:, 3:], trained)
+
+
+def test_the_state_itself_can_be_the_token():
+    model, batch = tiny_transition("rwm", state=True)
+    z = model.encode(batch)
+    torch.testing.assert_close(z["visual"], batch["proprio"][:, :, None] / 2)
+    assert z["proprio"].shape == (5, 7, 0) and model.encoder.dim == 4
+    loss, parts = model.loss(batch)
+    assert loss.isfinite() and parts["proprio"] == 0
+    frames = {"visual": torch.zeros(5, 7, 8, 8, 3, dtype=torch.uint8), "proprio": batch["proprio"]}
+    assert torch.equal(model.encode(frames)["visual"], z["visual"])  # in planning there are frames: not looked at
+
+
+def test_rotary_positions_by_hand():
+    side, head_dim = 2, 14  # sections of 4 for frame, row and column; 2 numbers are left alone
+    cos, sin = predictor.rotary_tables(num_frames=3, side=side, head_dim=head_dim)
+    x = torch.randn(18, head_dim)
+    out = predictor.rotate(x, cos, sin)
+    for token in range(18):
+        frame, place = divmod(token, 6)
+        row, col = divmod(max(place - 2, 0), side)
+        for i in range(head_dim):
+            section, j = divmod(i, 4)
+            angle = 0 if section == 3 else (frame, row, col)[section] * 10000 ** -((j % 2) / 2)
+            partner = -x[token, i + 1] if i % 2 == 0 else x[token, i - 1]
+            assert out[token, i].item() == pytest.approx(
+                (x[token, i] * np.cos(angle) + partner * np.sin(angle)).item(), abs=1e-5
+            )
+
+
+def pattern(shape, k, scale=1.0):
+    return (torch.sin(torch.arange(np.prod(shape), dtype=torch.float64) * 0.7 + k) * scale).float().reshape(shape)
+
+
+def test_ac_predictor_gives_what_the_release_gives():
+    """Numbers of facebookresearch/vjepa2 (c2963a4), VisionTransformerPredictorAC(img_size=(32, 32), patch_size=16,
+    num_frames=6, tubelet_size=2, embed_dim=6, predictor_embed_dim=32, depth=2, num_heads=2, action_embed_dim=3)."""
+    ac = predictor.ACPredictor(4, 3, 6, 3, 3, width=32, depth=2, heads=2, mlp_dim=128, integrate=True)
+    for i, (name, parameter) in enumerate(sorted(ac.named_parameters())):
+        parameter.data = pattern(parameter.shape, i, 0.3) + float("norm" in name and name.endswith("weight"))
+    x, actions, states = pattern((1, 12, 6), 1), pattern((1, 3, 3), 2), pattern((1, 3, 3), 3)
+    with torch.no_grad():
+        out, after = ac(x, actions, states)
+    release = [-2.10043, 0.9186, -0.20609, -0.50056, 1.76521, -1.85027, -2.0992, 0.90276, -0.22772, -0.48819, 1.85079]
+    torch.testing.assert_close(out.flatten()[::7], torch.tensor(release), atol=1e-4, rtol=0)
+    torch.testing.assert_close(after, states + actions)
+
+
+def test_ac_predictor_has_the_releases_keys_and_size():
+    with torch.device("meta"):
+        ac = predictor.ACPredictor(256, 2, 1408, 7, 7, integrate=True)
+    state = ac.state_dict()
+    assert sum(p.numel() for p in ac.parameters()) == 305_220_992 - 7 * 1024  # without the extrinsics' encoder
+    block = "attn.proj attn.qkv mlp.fc1 mlp.fc2 norm1 norm2".split()
+    names = [f"predictor_blocks.{i}.{part}" for i in range(24) for part in block]
+    names += "predictor_embed action_encoder state_encoder predictor_norm predictor_proj".split()
+    assert state.keys() == {f"{name}.{kind}" for name in names for kind in ("weight", "bias")}
+    assert state["predictor_blocks.0.attn.qkv.weight"].shape == (3072, 1024)
+
+
+def test_a_released_predictor_loads_and_a_foreign_one_is_named(tmp_path):
+    sizes = dict(num_patches=4, num_frames=2, dim=6, proprio_dim=3, action_dim=3, width=24, depth=1, heads=2, mlp_dim=8)
+    released, ours = predictor.ACPredictor(**sizes, integrate=True), predictor.ACPredictor(**sizes)
+    state = {f"module.{k}": v for k, v in released.state_dict().items()}
+    extra = {"module.extrinsics_encoder.weight": torch.zeros(24, 2), "module.extrinsics_encoder.bias": torch.zeros(24)}
+    path = tmp_path / "ac.pt"
+    torch.save({"predictor": state | extra, "encoder": {}, "epoch": 3, "opt": {"state": {0: torch.zeros(1)}}}, path)
+    head = ours.state_head.weight.clone()
+    ours.load_released(path)
+    for name, tensor in released.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor)
+    assert torch.equal(ours.state_head.weight, head)
+
+    before = {k: v.clone() for k, v in ours.state_dict().items()}
+    for content, message in (
+        ({"predictor": predictor.ACPredictor(**sizes).state_dict()}, "2 keys differ, e.g. state_head.bias"),
+        ({"predictor": predictor.ACPredictor(**sizes | {"depth": 2}, integrate=True).state_dict()},
+         "12 keys differ, e.g. predictor_blocks.1.attn.proj.bias"),
+        ({"predictor": predictor.ACPredictor(**sizes | {"action_dim": 6}, integrate=True).state_dict()},
+         r"of another size: action_encoder.weight is \(24, 6\), not \(24, 3\)"),
+        ({"predictor": predictor.ACPredictor(**sizes | {"dim": 8}, integrate=True).state_dict()},
+         r"of another size: predictor_embed.weight is \(24, 8\), not \(24, 6\)"),
+        ({"a": torch.zeros(1)}, "is no V-JEPA 2-AC predictor"),
+    ):  # fmt: skip
+        torch.save(content, path)
+        with pytest.raises(UserError, match=message) as error:
+            ours.load_released(path)
+        assert "\n" not in str(error.value)
+    path.write_bytes(b"nothing")
+    with pytest.raises(UserError, match="damaged"):
+        ours.load_released(path)
+    with pytest.raises(UserError, match="no file at"):
+        ours.load_released(tmp_path / "missing.pt")
+    assert all(torch.equal(before[k], v) for k, v in ours.state_dict().items())
+
+
+def test_ac_tokens_are_normalised_and_its_actions_can_be_the_change_of_state():
+    model, batch = tiny_transition("vjepa2_ac", 4)
+    z = model.encode(batch)
+    after = model.predict({k: latent[:, :3] for k, latent in z.items()}, model.encode_action(batch["action"][:, :3]))
+    for tokens in (z["visual"], after["visual"]):
+        torch.testing.assert_close(tokens.mean(-1), torch.zeros_like(tokens[..., 0]), atol=1e-5, rtol=0)
+        torch.testing.assert_close(tokens.var(-1, correction=0), torch.ones_like(tokens[..., 0]), atol=0.05, rtol=0)
+    ac = predictor.ACPredictor(4, 3, 6, 2, 10, width=24, depth=1, heads=2, mlp_dim=8, integrate=True)
+    states, actions = torch.randn(5, 3, 2), torch.randn(5, 3, 10)
+    expected = states + actions.view(5, 3, 5, 2).sum(2)  # the five actions of a model step
+    torch.testing.assert_close(ac(torch.randn(5, 12, 6), actions, states)[1], expected)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: tiny_transition("rwm", 4), "--predictor rwm takes one token a frame, not 4"),
+        (lambda: tiny_transition("vjepa2_ac", 3), "takes a square grid of tokens a frame, not 3"),
+        (lambda: tiny_transition("vjepa2_ac", 4, heads=5), "--width 24 is not a multiple of twice --heads 5"),
+        (lambda: tiny_transition("vjepa2_ac", 4, integrate=True), "actions of 10 numbers are no changes of a state"),
+    ],
+)
+def test_a_transition_that_does_not_fit_is_one_line(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("name", ["rwm", "vjepa2_ac"])
+def test_checkpoints_know_their_transition(name, tmp_path):
+    torch.manual_seed(0)
+    eyes = predictor.build_eyes("state" if name == "rwm" else "pca", weights="random")
+    stats = (torch.zeros(2), torch.ones(2)), (torch.zeros(4), torch.ones(4))
+    predictor.WorldModel(eyes, *stats, predictor=name, **SIZES[name]).save(tmp_path)
+    again = predictor.WorldModel.load(tmp_path)
+    assert type(again.predictor) is predictor.PREDICTORS[name] and again.sizes == SIZES[name]
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    content["config"]["predictor"] = "vit"
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(UserError, match="not a checkpoint of this version"):
+        predictor.WorldModel.load(tmp_path)
+
+
 # -- train.py and plan.py -----------------------------------------------------------------------------------
 
 
@@ -914,6 +1216,26 @@ def test_a_killed_training_resumes_bit_for_bit(workplace):
         ("plan --n-evals -3", "not a positive whole number"),
         ("plan --n-taken-actions 6 --ckpt x", "--n-taken-actions 6 is more than --goal-H 5"),
         ("plan --baselines magic --ckpt x", "unknown --baselines magic"),
+        ("train --rollout-steps 4", "--rollout-steps 4 after --num-hist 3 needs episodes of 7 model steps"),
+        ("train --predictor rwm --encoder state", "--rollout-steps 8 after --num-hist 3 needs episodes of 11"),
+        ("train --rollout-steps 0", "not a positive whole number"),
+        ("train --rollout-decay 1.5", "--rollout-decay 1.5 is not above 0 and at most 1"),
+        ("train --predictor lstm", "invalid choice: 'lstm'"),
+        ("train --predictor rwm --rollout-steps 1 --heads 2", "--predictor rwm has no --heads"),
+        ("train --width 64", "--predictor vit has no --width"),
+        ("train --predictor vjepa2_ac --dropout 0.1", "--predictor vjepa2_ac has no --dropout"),
+        ("train --predictor vjepa2_ac --heads 5", "--width 128 is not a multiple of twice --heads 5"),
+        ("train --predictor-weights x.pt", "--predictor-weights are for --predictor vjepa2_ac, not vit"),
+        ("train --predictor vjepa2_ac --predictor-weights x.pt", "no file at x.pt"),
+        (
+            "train --predictor rwm --rollout-steps 1 --encoder dinov2 --weights random",
+            "--predictor rwm takes one token a frame, not 196: try --encoder pca or state",
+        ),
+        ("plan --ckpt a b", "one --ckpt at a time can plan; --horizon-error compares several"),
+        ("plan --ckpt a b --horizon-error 3", "no checkpoint at a/model.pt"),
+        ("plan --ckpt a --horizon-error 0", "not a positive whole number"),
+        ("plan --ckpt a --momentum 1", "--momentum must be at least 0 and below 1"),
+        ("plan --ckpt a --maxnorm 0", "and --maxnorm above 0"),
     ],
 )
 def test_what_wrong_input_gets(command, message, script, workplace, dataset):
@@ -945,3 +1267,92 @@ def test_a_checkpoint_of_another_world_or_other_flags_is_refused(workplace, scri
         and "the loss is not finite in epoch 1" in err
         and not (workplace / "runs" / "nan" / "model.pt").exists()
     )
+
+
+QUICK = {"vit": TINY, "rwm": ["--epochs", "2", "--width", "16"], "vjepa2_ac": [*TINY, "--width", "24"]}
+BUDGET = ["--n-evals", 3, "--max-iter", 1, "--num-samples", 20, "--topk", 5, "--opt-steps", 2, "--n-gifs", 0]
+
+
+def test_each_transition_trains_plans_and_shows_its_horizon_error(workplace, script):
+    for name, extra in (("vit", []), ("rwm", ["--encoder", "state"]), ("vjepa2_ac", [])):
+        code, _, err = script("train", "--predictor", name, "--rollout-steps", 2, "--name", name, *extra, *QUICK[name])
+        assert code == 0, err
+        log = np.genfromtxt(f"runs/{name}/log.csv", delimiter=",", names=True)
+        assert np.isfinite(log["val_rollout"]).all() and log["train"][1] < log["train"][0]
+        code, _, err = script("plan", "--ckpt", f"runs/{name}", *BUDGET, "--momentum", 0.15, "--maxnorm", 1)
+        assert code == 0, err
+        assert json.loads((workplace / "plan_outputs" / name / "results.json").read_text())["n_evals"] == 3
+    runs = [f"runs/{name}" for name in ("vit", "rwm", "vjepa2_ac")]
+    code, out, err = script("plan", "--horizon-error", 4, "--n-evals", 6, "--name", "error", "--ckpt", *runs)
+    assert code == 0, err
+    assert out.count("copying") == out.count("  simulator") == 3
+    assert (workplace / "plan_outputs" / "error" / "horizon_error.png").exists()
+    curves = json.loads((workplace / "plan_outputs" / "error" / "horizon_error.json").read_text())["curves"]
+    assert list(curves) == runs
+    for by_name in curves.values():
+        assert all(len(curve) == 4 and min(curve) > 0 for curve in by_name.values())
+        assert by_name["simulator"][0] < 0.5 * by_name["copy"][0]
+    script("plan", "--horizon-error", 4, "--n-evals", 6, "--name", "again", "--ckpt", "runs/rwm", "runs/vit")
+    again = json.loads((workplace / "plan_outputs" / "again" / "horizon_error.json").read_text())["curves"]
+    assert again == {run: curves[run] for run in again}  # the trajectories are the same, whoever is compared
+
+
+def test_horizon_error_of_the_truth_is_zero(workplace, script, monkeypatch):
+    """A model that imagines with MuJoCo: its error is rounding, and copying's is the distance travelled."""
+    torch.manual_seed(0)
+    stats = (torch.zeros(2), torch.ones(2)), (torch.zeros(4), torch.ones(4))
+    model = predictor.WorldModel(predictor.StateEncoder(), *stats, predictor="rwm", **SIZES["rwm"])
+    env = data.make_env("pointmaze")
+
+    def simulate(z0, actions):
+        states = [latent for latent in z0["visual"][:, :, 0].double().numpy().swapaxes(0, 1)]
+        for t in range(len(states) - 1, actions.shape[1]):
+            chunk = actions[:, t].double().numpy().reshape(len(actions), 5, 2)
+            states.append(env.simulate(states[-1], chunk))
+        return {"visual": torch.from_numpy(np.stack(states, 1)).float()[:, :, None]}
+
+    monkeypatch.setattr(model, "rollout", simulate)
+    monkeypatch.setattr(sys, "argv", ["plan", "--ckpt", "truth", "--horizon-error", "3", "--n-evals", "4"])
+    args = plan.get_args()
+    curves = plan.horizon_error(env, [model.eval()], args, torch.device("cpu"))["truth"]
+    assert max(curves["model"]) < 1e-4 < min(curves["simulator"][0], 0.01) < curves["copy"][0]
+
+
+def test_runs_of_different_worlds_have_no_common_horizon(workplace, script):
+    for name, frameskip in (("a", 5), ("b", 1)):
+        model, _ = tiny_transition("rwm", state=True)
+        model.frameskip, model.world = frameskip, dict(env="pointmaze", img_size=64, data="d")
+        if frameskip == 1:
+            model = predictor.WorldModel(
+                predictor.StateEncoder(), ([0, 0], [1, 1]), ([0] * 4, [1] * 4), frameskip=1, predictor="rwm",
+                world=model.world, **SIZES["rwm"],
+            )  # fmt: skip
+        model.save(f"runs/{name}")
+    code, _, err = script("plan", "--ckpt", "runs/a", "runs/b", "--horizon-error", "3")
+    assert code == 2 and "compares runs of one environment, --img-size and --frameskip" in err
+    code, _, err = script("plan", "--ckpt", "runs/a", "--alpha", "0.5")
+    assert code == 2 and "--alpha weighs proprio, which runs/a does not have" in err
+    assert not (workplace / "plan_outputs").exists()
+
+
+def test_a_run_of_another_predictor_is_not_resumed(workplace, script):
+    script("train", *TINY, "--name", "tiny")
+    code, _, err = script("train", *TINY, "--name", "tiny", "--predictor", "vjepa2_ac")
+    assert code == 2 and "trained with other --predictor, --rollout-steps" in err
+
+
+def test_training_starts_from_a_released_predictor(workplace, script):
+    """One that fits is where training starts; one of a robot's seven numbers is refused before anything is written."""
+    sizes = dict(width=24, depth=1, heads=2, mlp_dim=16, integrate=True)
+    fits = predictor.ACPredictor(1, 3, 32, 4, 10, **sizes | {"integrate": False}).state_dict()
+    fits = {k: v for k, v in fits.items() if not k.startswith("state_head")}
+    torch.save({"predictor": fits}, "fits.pt")
+    torch.save({"predictor": predictor.ACPredictor(1, 3, 32, 7, 7, **sizes).state_dict()}, "robot.pt")
+    command = ["train", "--predictor", "vjepa2_ac", *QUICK["vjepa2_ac"], "--lr", 0, "--predictor-weights"]
+    code, _, err = script(*command, "robot.pt", "--name", "robot")
+    assert code == 2 and "action_encoder.weight is (24, 7), not (24, 10)" in err
+    assert not (workplace / "runs").exists()
+    code, _, err = script(*command, "fits.pt", "--name", "fits")
+    assert code == 0, err
+    trained = predictor.load_checkpoint("runs/fits")["model"]
+    assert all(torch.equal(trained[f"predictor.{k}"], v) for k, v in fits.items())  # the learning rate was 0
