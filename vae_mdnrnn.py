@@ -57,8 +57,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 RECIPES = {
     "takecover": dict(
         action_dim=1, z_dim=64, hidden=512, cell=True, bias=False, restart=True, heads="done", squash="tanh",
-        policy="hold", max_steps=2100, episodes=800, v_steps=5000, m_steps=1200, where="dream", tau=[1.15],
-        beta=0.1, popsize=64, trials=8, generations=60, score_trials=100,
+        policy="hold", max_steps=2100, episodes=800, v_steps=5000, m_steps=4000, where="dream", tau=[1.15],
+        beta=0.1, popsize=64, trials=8, generations=30, score_trials=100,
     ),
     "carracing": dict(
         action_dim=3, z_dim=32, hidden=256, cell=False, bias=True, restart=False, heads="reward", squash="car",
@@ -289,7 +289,7 @@ def mdnrnn_loss(rnn, z, a, reward, done, valid, restart):
     return {"loss": sum(losses.values()), **losses}
 
 
-def train_mdnrnn(rnn, latents, dataset, steps, batch_size=32, lr=1e-3, seed=0, checkpoint=None):
+def train_mdnrnn(rnn, latents, dataset, steps, batch_size=8, lr=1e-3, seed=0, checkpoint=None):
     """Fits M in place to whole episodes: what decides the next step may lie far back (a player's wounds do).
 
     z is drawn anew from its mu and logvar each time. A batch holds episodes of similar length, so that little of it is
@@ -912,7 +912,7 @@ def build_parser():
     add("--n-mix", type=data.positive, default=5, help="Gaussians of the mixture")
     add("--mixture", choices=("vector", "dimension"), default="vector", help="over the whole z, or for each dimension")
     add("--m-steps", type=data.positive, help="steps of Adam")
-    add("--m-batch", type=data.positive, default=32, help="episodes per step")
+    add("--m-batch", type=data.positive, default=8, help="episodes per step")
     add("--m-lr", type=float, default=1e-3, help="learning rate at the start")
     add = parser.add_argument_group("4. train-c").add_argument
     add("--in", dest="where", choices=("dream", "real"), help="where C is trained")
