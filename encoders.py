@@ -36,12 +36,21 @@ from data import Dataset, UserError, make_env, positive, run_script, write_atomi
 from vae_mdnrnn import VAE, fit, sample_z, to_tensor, train_vae
 
 DINOV2, DINOV3 = "vit_{}_patch14_dinov2.lvd142m", "vit_{}_patch16_dinov3.lvd1689m"  # timm's names, but for the size
+SIZES = {"small": 384, "base": 768, "large": 1024}  # and their widths
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 DINO_WM = dict(mean=(0.5,) * 3, std=(0.5,) * 3)  # DINO-WM's own choice for DINOv2 (its datasets/img_transforms.py)
 
 
 class FrozenEncoder(nn.Module):
-    """What all encoders share: no gradient, and eval mode whatever `train()` says."""
+    """What all encoders share: a name, an image size, N tokens of d numbers; no gradient, and eval mode whatever
+    `train()` says. N is one, or with a `patch` size one a patch."""
+
+    def __init__(self, name, img_size, dim, patch=None):
+        super().__init__()
+        if img_size % (patch or 1):
+            raise UserError(f"--encoder {name}: image size {img_size} is not a multiple of its patch size {patch}")
+        self.name, self.img_size, self.dim = name, img_size, dim
+        self.num_patches = (img_size // patch) ** 2 if patch else 1
 
     def freeze(self):
         return self.requires_grad_(False).eval()
@@ -56,13 +65,16 @@ class FrozenEncoder(nn.Module):
         size = (self.img_size, self.img_size)
         return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
 
-    def normalise_by(self, mean, std):
-        self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1), persistent=False)
+    def normalise(self, images, mean, std):
+        """What a pretrained backbone sees: resized, its pixels normalised, (B, 3, img_size, img_size)."""
+        mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
+        return (self.resize(images) - mean) / std
 
-    def prepare(self, images):
-        """What the backbone sees: resized and normalised, (B, 3, img_size, img_size)."""
-        return (self.resize(images) - self.pixel_mean) / self.pixel_std
+    def standardise(self, latents, damping):
+        """Sets the buffers `mean` and `scale` from latents (S, d): scale_i = s_i + damping * max s."""
+        std = latents.std(0)
+        self.mean.copy_(latents.mean(0))
+        self.scale.copy_(std + damping * std.max())
 
 
 def chunks(frames, size=500):
@@ -90,11 +102,9 @@ class PCAEncoder(FrozenEncoder):
     samples a side.
     """
 
-    name, num_patches = "pca", 1
-
     def __init__(self, img_size=64, dim=32, sigma=0.14, damping=0.05, grid=16):
-        super().__init__()
-        self.img_size, self.dim, self.damping = img_size, dim, damping
+        super().__init__("pca", img_size, dim)
+        self.damping = damping
         self.register_buffer("lowpass", gaussian_lowpass(grid, img_size, sigma))
         self.register_buffer("mean", torch.zeros(3 * grid**2))
         self.register_buffer("axes", torch.zeros(3 * grid**2, dim))  # v_i / (s_i + c s_1)
@@ -157,12 +167,11 @@ class VAEEncoder(FrozenEncoder):
     """
 
     def __init__(self, name="vae", img_size=64, spatial=False, sigma=0.1, beta=0.01, damping=0.1):
-        super().__init__()
         if img_size != 64:
             raise UserError(f"--encoder {name} sees 64 px, as the paper's V, not {img_size}")
-        self.vae = SpatialVAE(16) if spatial else VAE(32)
-        self.name, self.img_size, self.beta, self.damping = name, img_size, beta, damping
-        self.num_patches, self.dim = 16 if spatial else 1, self.vae.z_dim
+        super().__init__(name, img_size, dim=16 if spatial else 32, patch=16 if spatial else None)
+        self.vae = SpatialVAE(self.dim) if spatial else VAE(self.dim)
+        self.beta, self.damping = beta, damping
         self.register_buffer("lowpass", gaussian_lowpass(64, 64, sigma))
         self.register_buffer("background", torch.zeros(3, 64, 64))
         self.register_buffer("gain", torch.ones(()))
@@ -190,10 +199,7 @@ class VAEEncoder(FrozenEncoder):
         self.vae.requires_grad_(True)
         train_vae(self.vae, frames, steps, batch_size=32, beta=self.beta, kl_tolerance=0, seed=seed, see=self.contrast)
         self.freeze()
-        mu = torch.cat([self.posterior_mean(to_tensor(f, device)) for f in chunks(frames)])
-        std = mu.std(0)
-        self.mean.copy_(mu.mean(0))
-        self.scale.copy_(std + self.damping * std.max())
+        self.standardise(torch.cat([self.posterior_mean(to_tensor(f, device)) for f in chunks(frames)]), self.damping)
         return self
 
     def forward(self, images):
@@ -209,12 +215,9 @@ class PatchEncoder(FrozenEncoder):
     By Johnson and Lindenstrauss's lemma distances between tokens are those between patches, up to chance.
     """
 
-    name = "patches"
-
     def __init__(self, img_size=64, dim=64, patch=16):
-        super().__init__()
-        check_divides(self.name, img_size, patch)
-        self.img_size, self.dim, self.patch, self.num_patches = img_size, dim, patch, (img_size // patch) ** 2
+        super().__init__("patches", img_size, dim, patch)
+        self.patch = patch
         generator = torch.Generator().manual_seed(0)
         self.register_buffer("projection", torch.randn(3 * patch**2, dim, generator=generator) / dim**0.5)
 
@@ -237,37 +240,41 @@ class ViTEncoder(FrozenEncoder):
         img_size: side that the image is resized to, a multiple of the patch size.
         weights: None for the pretrained ones, a Hugging Face repository, a local file or folder in timm's,
             transformers' or the original repository's format, or "random".
-        mean, std: of the pixels. cls: the class token alone, (B, 1, d).
+        pixels: their mean and std. cls: the class token alone, (B, 1, d).
     """
 
-    def __init__(self, name, img_size, size, weights, model, mean, std, cls=False):
-        super().__init__()
+    def __init__(self, name, img_size, size, weights, model, pixels, cls=False):
         model = model.format(size)
         patch = int(model.split("patch")[1].split("_")[0])
-        check_divides(name, img_size, patch)
-        self.name, self.img_size, self.cls = name, img_size, cls
+        super().__init__(name, img_size, SIZES[size], patch)
         # timm has DINOv3 with and without biases of q, k, v. Only with them does every original checkpoint fit.
         self.vit = timm.create_model(model.replace("dinov3.", "dinov3_qkvb."), img_size=img_size, num_classes=0)
-        self.num_patches = 1 if cls else (img_size // patch) ** 2
-        self.dim = self.vit.num_features
-        self.normalise_by(mean, std)
-        self.repository = f"timm/{model}"
+        self.pixels, self.cls, self.repository = pixels, cls, f"timm/{model}"
+        if cls:
+            self.num_patches = 1
         load_weights(self.vit, weights, self.repository, partial(vit_names, self.vit))
 
     @torch.no_grad()
     def forward(self, images):
-        x = self.vit.forward_features(self.prepare(images))  # (B, prefix + N, d)
+        x = self.vit.forward_features(self.normalise(images, **self.pixels))  # (B, prefix + N, d)
         return x[:, :1] if self.cls else x[:, self.vit.num_prefix_tokens :]
 
     @torch.no_grad()
     def layers(self, images, blocks):
         """Patch tokens (B, N, d) after each number of `blocks`; 0 is the patch embedding, -1 the normed output."""
-        x = self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(self.prepare(images))))
+        x = self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(self.normalise(images, **self.pixels))))
         outputs = {0: x}
         for i, block in enumerate(self.vit.blocks, start=1):
             outputs[i] = x = block(x)
         outputs[-1] = self.vit.norm(x)
         return [outputs[i][:, self.vit.num_prefix_tokens :] for i in blocks]
+
+
+VJEPA2_SIZES = {
+    "large": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16),
+    "huge": dict(hidden_size=1280, num_hidden_layers=32, num_attention_heads=16),
+    "giant": dict(hidden_size=1408, num_hidden_layers=40, num_attention_heads=22, mlp_ratio=48 / 11),
+}
 
 
 class VJEPA2Encoder(FrozenEncoder):
@@ -277,28 +284,18 @@ class VJEPA2Encoder(FrozenEncoder):
     doubled, and the tokens layer-normed once more, without weights.
     """
 
-    SIZES = {
-        "large": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16),
-        "huge": dict(hidden_size=1280, num_hidden_layers=32, num_attention_heads=16),
-        "giant": dict(hidden_size=1408, num_hidden_layers=40, num_attention_heads=22, mlp_ratio=48 / 11),
-    }
-
     def __init__(self, name, img_size, size, weights):
-        super().__init__()
         from transformers import VJEPA2Config, VJEPA2Model  # takes seconds, and only this one needs it
 
-        config = VJEPA2Config(crop_size=img_size, pred_num_hidden_layers=1, **self.SIZES[size])
-        check_divides(name, img_size, config.patch_size)
-        self.name, self.img_size, self.dim = name, img_size, config.hidden_size
-        self.num_patches = (img_size // config.patch_size) ** 2
+        super().__init__(name, img_size, VJEPA2_SIZES[size]["hidden_size"], patch=16)
+        config = VJEPA2Config(crop_size=img_size, pred_num_hidden_layers=1, **VJEPA2_SIZES[size])
         self.vit = VJEPA2Model(config).encoder
-        self.normalise_by(**IMAGENET)
         self.repository = f"facebook/vjepa2-vit{size[0]}-fpc64-256"
         load_weights(self.vit, weights, self.repository, vjepa2_names)
 
     @torch.no_grad()
     def forward(self, images):
-        clip = self.prepare(images)[:, None].expand(-1, 2, -1, -1, -1)  # (B, 2, 3, s, s)
+        clip = self.normalise(images, **IMAGENET)[:, None].expand(-1, 2, -1, -1, -1)  # (B, 2, 3, s, s)
         return F.layer_norm(self.vit(clip).last_hidden_state, (self.dim,))  # (B, N, d)
 
 
@@ -310,18 +307,14 @@ class ResNetEncoder(FrozenEncoder):
     """
 
     def __init__(self, name, img_size, size, weights, repository="timm/resnet18.tv_in1k", spatial=False):
-        super().__init__()
-        check_divides(name, img_size, 32)
-        self.name, self.img_size, self.spatial, self.dim = name, img_size, spatial, 512
-        self.num_patches = (img_size // 32) ** 2 if spatial else 1
+        super().__init__(name, img_size, 512, patch=32 if spatial else None)
         self.net, self.repository = timm.create_model("resnet18", num_classes=0), repository
-        self.normalise_by(**IMAGENET)
         load_weights(self.net, weights, repository, resnet_names)
 
     @torch.no_grad()
     def forward(self, images):
-        tokens = self.net.forward_features(self.prepare(images)).flatten(2).mT  # (B, 49, 512)
-        return tokens if self.spatial else tokens.mean(1, keepdim=True)
+        tokens = self.net.forward_features(self.normalise(images, **IMAGENET)).flatten(2).mT  # (B, 49, 512)
+        return tokens.mean(1, keepdim=True) if self.num_patches == 1 else tokens
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -343,10 +336,9 @@ class DINOTok(FrozenEncoder):
     """
 
     def __init__(self, name, img_size, size, weights, dim=64, codes=0):
-        super().__init__()
-        self.backbone = ViTEncoder(name, img_size, size, weights, DINOV2, **IMAGENET)
+        super().__init__(name, img_size, dim, patch=14)
+        self.backbone = ViTEncoder(name, img_size, size, weights, DINOV2, IMAGENET)
         self.repository = self.backbone.repository
-        self.name, self.img_size, self.dim, self.num_patches = name, img_size, dim, self.backbone.num_patches
         self.register_buffer("mean", torch.zeros(2, 1, self.backbone.dim))
         self.register_buffer("axes", torch.zeros(2, self.backbone.dim, dim // 2))  # V_b / s_b
         self.register_buffer("codebooks", torch.zeros(2, codes, dim // 2))
@@ -404,18 +396,16 @@ class VFMVAE(FrozenEncoder):
         z = mu + exp(logvar / 2) eps                                               14 x 14 x 32
         L = |x^ - x| + 0.1 sum_s |x^_s - x_s| + 1e-6 KL(q(z|x) || N(0, 1)) + 0.1 (1 - cos(W_z z, f_3))
 
-    The layers, widths, weights of L1, of the scales and of the KL term are the released configuration's (f16d32, with
-    its 1x1 convolutions). Smaller here: DINOv2 instead of SigLIP 2; the decoder below; the alignment with f_3 has a
-    fixed weight and no distance matrix; neither LPIPS nor discriminators, which sharpen pictures, not what z knows.
-    A token is the posterior mean, each number normalised as the VAE's is.
+    Layers, widths and the weights of L1, scales and KL are the release's (github.com/tianciB/VFM-VAE, f16d32), linear
+    maps its `conv` variant. Smaller here: DINOv2 instead of SigLIP 2; the decoder below; a fixed weight and no distance
+    matrix in the alignment with f_3; neither LPIPS nor discriminators, which sharpen pictures, not what z knows. A
+    token is the posterior mean, each number standardised.
     """
 
     def __init__(self, name, img_size, size, weights, dim=32, damping=0.1):
-        super().__init__()
-        self.backbone = ViTEncoder(name, img_size, size, weights, DINOV2, **IMAGENET)
-        self.repository = self.backbone.repository
-        self.name, self.img_size, self.dim, self.damping = name, img_size, dim, damping
-        self.num_patches, d = self.backbone.num_patches, self.backbone.dim
+        super().__init__(name, img_size, dim, patch=14)
+        self.backbone = ViTEncoder(name, img_size, size, weights, DINOV2, IMAGENET)
+        self.repository, self.damping, d = self.backbone.repository, damping, self.backbone.dim
         self.levels = nn.ModuleList(nn.Linear(d, 64) for _ in range(3))
         self.to_latent, self.to_features = nn.Linear(3 * 64, 2 * dim), nn.Linear(dim, d)
         self.decoder = FusionDecoder(dim)
@@ -455,9 +445,7 @@ class VFMVAE(FrozenEncoder):
         with torch.no_grad():
             sample = frames[:: -(-len(frames) // 500)]
             mu = torch.cat([self.posterior(self.features(to_tensor(c, device)))[0] for c in chunks(sample, 50)])
-        std = mu.std((0, 1))
-        self.mean.copy_(mu.mean((0, 1)))
-        self.scale.copy_(std + self.damping * std.max())
+        self.standardise(mu.flatten(0, 1), self.damping)
         return self
 
     @torch.no_grad()
@@ -497,15 +485,14 @@ class FusionDecoder(nn.Module):
 # Weights: found, renamed to the names of the model that we run, and loaded whole or not at all
 
 
-def check_divides(name, img_size, patch):
-    if img_size % patch:
-        raise UserError(f"--encoder {name}: image size {img_size} is not a multiple of its patch size {patch}")
-
-
 def load_weights(model, weights, repository, rename):
     """Loads `weights` (a file, a folder, a Hugging Face repository; None for `repository`) into `model`."""
     if weights == "random":
         return
+    if weights is None and repository is None:
+        raise UserError(
+            "R3M's weights are on no hub: get model.pt by github.com/facebookresearch/r3m, give --weights PATH"
+        )
     files = weight_files(weights or repository)
     state = rename({k: v for file in files for k, v in read_tensors(file).items()})
     own = model.state_dict()
@@ -660,8 +647,6 @@ def resnet_names(state):
 # ---------------------------------------------------------------------------------------------------------
 # The builder
 
-SIZES = ("small", "base", "large")
-
 # name: how to build it from (name, img_size, size, weights), its image size, its sizes (the default first), and the
 # licence of its weights, if it has any
 ENCODERS = {
@@ -669,11 +654,16 @@ ENCODERS = {
     "vae": (lambda name, img_size, *_: VAEEncoder(name, img_size), 64, (), None),
     "vae_map": (lambda name, img_size, *_: VAEEncoder(name, img_size, spatial=True), 64, (), None),
     "patches": (lambda name, img_size, *_: PatchEncoder(img_size), 64, (), None),
-    "dinov2": (partial(ViTEncoder, model=DINOV2, **DINO_WM), 196, SIZES, "Apache-2.0"),
-    "dinov2_imagenet": (partial(ViTEncoder, model=DINOV2, **IMAGENET), 196, SIZES, "Apache-2.0"),  # as its authors do
-    "dino_cls": (partial(ViTEncoder, model=DINOV2, **DINO_WM, cls=True), 196, SIZES, "Apache-2.0"),
-    "dinov3": (partial(ViTEncoder, model=DINOV3, **IMAGENET), 224, SIZES, "DINOv3 licence"),
-    "vjepa2": (VJEPA2Encoder, 256, tuple(VJEPA2Encoder.SIZES), "MIT"),
+    "dinov2": (partial(ViTEncoder, model=DINOV2, pixels=DINO_WM), 196, SIZES, "Apache-2.0"),
+    "dinov2_imagenet": (
+        partial(ViTEncoder, model=DINOV2, pixels=IMAGENET),
+        196,
+        SIZES,
+        "Apache-2.0",
+    ),  # as its authors do
+    "dino_cls": (partial(ViTEncoder, model=DINOV2, pixels=DINO_WM, cls=True), 196, SIZES, "Apache-2.0"),
+    "dinov3": (partial(ViTEncoder, model=DINOV3, pixels=IMAGENET), 224, SIZES, "DINOv3 licence"),
+    "vjepa2": (VJEPA2Encoder, 256, VJEPA2_SIZES, "MIT"),
     "resnet18": (ResNetEncoder, 224, (), "BSD-3-Clause"),
     "resnet18_map": (partial(ResNetEncoder, spatial=True), 224, (), "BSD-3-Clause"),
     "r3m": (partial(ResNetEncoder, repository=None), 224, (), "MIT"),
@@ -698,7 +688,7 @@ def build_encoder(name, img_size=None, weights=None):
     if licence is None and weights not in (None, "random"):
         raise UserError(f"--encoder {base} learns from the collected frames, if at all: it takes no --weights")
     size = size or next(iter(sizes), None)
-    name = base if size in (None, *sizes[:1]) else f"{base}-{size}"
+    name = base if size == next(iter(sizes), None) else f"{base}-{size}"
     return build(name, img_size or own_img_size, size, weights).freeze()
 
 
@@ -706,15 +696,9 @@ def build_encoder(name, img_size=None, weights=None):
 # The table, and the picture
 
 
-def weights_are_here(encoder):
+def print_table(names, batch_size):
     import huggingface_hub as hub
 
-    return encoder.repository is not None and isinstance(
-        hub.try_to_load_from_cache(encoder.repository, "model.safetensors"), str
-    )
-
-
-def print_table(names, batch_size):
     print(f"{'encoder':15} {'image':>5} {'tokens':>6} {'width':>5} {'M params':>8} {'frames/s':>8}  weights (licence)")
     for name in names:
         encoder, licence = build_encoder(name, weights="random"), ENCODERS[name.partition("-")[0]][3]
@@ -725,12 +709,13 @@ def print_table(names, batch_size):
             n += batch_size
         rate = n / (time.perf_counter() - start)
         size = sum(p.numel() for p in encoder.parameters()) / 1e6
-        weights = "none" if not hasattr(encoder, "fit") else "fitted on the collected frames"
+        weights = "fitted on the collected frames" if hasattr(encoder, "fit") else "none"
         if licence:
-            where = "here" if weights_are_here(encoder) else encoder.repository or "--weights FILE"
-            weights = f"{where} ({licence})" + (", then fitted" if hasattr(encoder, "fit") else "")
-        shape = f"{encoder.img_size:5} {tokens.shape[1]:6} {tokens.shape[2]:5}"
-        print(f"{name:15} {shape} {size:8.2f} {rate:8.3g}  {weights}")
+            found = encoder.repository and hub.try_to_load_from_cache(encoder.repository, "model.safetensors")
+            weights = f"{encoder.repository or '--weights FILE'} ({licence}, {'' if found else 'not '}here)"
+        print(
+            f"{name:15} {encoder.img_size:5} {tokens.shape[1]:6} {tokens.shape[2]:5} {size:8.2f} {rate:8.3g}  {weights}"
+        )
 
 
 def sample_frames(dataset, count=200):
