@@ -490,11 +490,13 @@ def load_weights(model, weights, repository, rename):
     if weights == "random":
         return
     if weights is None and repository is None:
-        raise UserError(
-            "R3M's weights are on no hub: get model.pt by github.com/facebookresearch/r3m, give --weights PATH"
-        )
+        raise UserError("R3M's weights are on no hub: get model.pt as its README says, and give --weights PATH")
     files = weight_files(weights or repository)
-    state = rename({k: v for file in files for k, v in read_tensors(file).items()})
+    state = {k: v for file in files for k, v in read_tensors(file).items()}
+    try:
+        state = rename(state)
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        raise UserError(f"{files[0]} does not hold the weights of a {type(model).__name__}") from None
     own = model.state_dict()
     if "pos_embed" in own and "pos_embed" in state:
         state["pos_embed"] = resample_positions(state["pos_embed"], own["pos_embed"].shape[1])
@@ -596,22 +598,24 @@ def vit_names(vit, state):
         (r"^layernorm\.", "norm."),
         (r"^mask_token$|^rope_embed\.|\.qkv\.bias_mask$", None),  # of training; derived from the image size; constant
     ])  # fmt: skip
+    dinov3 = "pos_embed" not in state
     for i in range(len(vit.blocks)):
-        attn = f"blocks.{i}.attn."
         for kind in ("weight", "bias"):
-            parts = [state.pop(f"{attn}{part}.{kind}", None) for part in "qkv"]
-            if parts[0] is not None and parts[2] is not None:  # DINOv3's keys have no bias
-                zero = torch.zeros_like(parts[0])
-                state[f"{attn}qkv.{kind}"] = torch.cat([zero if part is None else part for part in parts])
-    if "pos_embed" in state:  # DINOv2
+            q, k, v = (state.pop(f"blocks.{i}.attn.{part}.{kind}", None) for part in "qkv")
+            if dinov3 and kind == "bias" and k is None and q is not None:
+                k = torch.zeros_like(q)  # its keys have no bias; the original multiplies it by zeros
+            if None not in (q, k, v):
+                state[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat([q, k, v])
+    if not dinov3:
         return state
     state = substitute(state, [(r"^storage_tokens$", "reg_token"), (r"\.ls(\d)\.gamma$", r".gamma_\1")])
-    for i in range(
-        len(vit.blocks)
-    ):  # the original multiplies the keys' bias by a mask of zeros; timm leaves all out where all are 0
-        q, _, v = state.pop(f"blocks.{i}.attn.qkv.bias", torch.zeros(3 * vit.embed_dim)).chunk(3)
-        state.setdefault(f"blocks.{i}.attn.q_bias", q)
-        state.setdefault(f"blocks.{i}.attn.v_bias", v)
+    without = not any(
+        key.endswith(("qkv.bias", "q_bias", "v_bias")) for key in state
+    )  # timm leaves them out where all are 0
+    for i in range(len(vit.blocks)):
+        bias = torch.zeros(3 * vit.embed_dim) if without else state.pop(f"blocks.{i}.attn.qkv.bias", None)
+        if bias is not None:
+            state[f"blocks.{i}.attn.q_bias"], _, state[f"blocks.{i}.attn.v_bias"] = bias.chunk(3)
     return state
 
 
@@ -636,12 +640,10 @@ def vjepa2_names(state):
 def resnet_names(state):
     """torchvision's and R3M's names -> timm's, which are torchvision's. Source: r3m/__init__.py in
     facebookresearch/r3m, whose files hold {"r3m": the state of a DataParallel with `convnet` and a language head}."""
-    return substitute(state.get("r3m", state), [
-        (r"^module\.", ""),
-        (r"^lang_(enc|rew)\.", None),
-        (r"^convnet\.", ""),
-        (r"^fc\.", None),  # ImageNet's classes
-    ])  # fmt: skip
+    rules = [(r"^module\.", ""), (r"^convnet\.", ""), (r"^lang_(enc|rew)\.|^fc\.", None)]  # fc: ImageNet's classes
+    state = substitute(state.get("r3m", state), rules)
+    means = [key for key in state if key.endswith("running_mean")]  # older files lack the counters, which eval ignores
+    return {key.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for key in means} | state
 
 
 # ---------------------------------------------------------------------------------------------------------
