@@ -515,11 +515,10 @@ def weight_files(source):
     if path.is_file():
         return [path]
     if path.is_dir():
-        files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
-        if not files:
-            raise UserError(f"no model.safetensors in the folder {path}")
-        return files
-    if re.fullmatch(r"[\w-]+/[\w.-]+", str(source)) and path.suffix not in (".pth", ".pt", ".safetensors", ".bin"):
+        if files := sorted(path.glob("model*.safetensors")):
+            return files
+        raise UserError(f"no model.safetensors in the folder {path}")
+    if re.fullmatch(r"[\w-]+/[\w.-]+", str(source)) and path.suffix not in (".pth", ".pt", ".safetensors"):
         return [Path(download(str(source)))]
     raise UserError(f"no weights at {path}: --weights takes a file, a folder, a Hugging Face repository, or 'random'")
 
@@ -599,24 +598,20 @@ def vit_names(vit, state):
         (r"^mask_token$|^rope_embed\.|\.qkv\.bias_mask$", None),  # of training; derived from the image size; constant
     ])  # fmt: skip
     dinov3 = "pos_embed" not in state
-    for i in range(len(vit.blocks)):
+    no_bias = not any(key.endswith(("bias", "q_bias")) and ".attn.q" in key for key in state)
+    for attn in (f"blocks.{i}.attn." for i in range(len(vit.blocks))):
         for kind in ("weight", "bias"):
-            q, k, v = (state.pop(f"blocks.{i}.attn.{part}.{kind}", None) for part in "qkv")
-            if dinov3 and kind == "bias" and k is None and q is not None:
-                k = torch.zeros_like(q)  # its keys have no bias; the original multiplies it by zeros
+            q, k, v = (state.pop(f"{attn}{part}.{kind}", None) for part in "qkv")
+            if dinov3 and kind == "bias" and q is not None:
+                k = torch.zeros_like(q)  # its keys have no bias; the original multiplies one by zeros
             if None not in (q, k, v):
-                state[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat([q, k, v])
-    if not dinov3:
-        return state
-    state = substitute(state, [(r"^storage_tokens$", "reg_token"), (r"\.ls(\d)\.gamma$", r".gamma_\1")])
-    without = not any(
-        key.endswith(("qkv.bias", "q_bias", "v_bias")) for key in state
-    )  # timm leaves them out where all are 0
-    for i in range(len(vit.blocks)):
-        bias = torch.zeros(3 * vit.embed_dim) if without else state.pop(f"blocks.{i}.attn.qkv.bias", None)
-        if bias is not None:
-            state[f"blocks.{i}.attn.q_bias"], _, state[f"blocks.{i}.attn.v_bias"] = bias.chunk(3)
-    return state
+                state[f"{attn}qkv.{kind}"] = torch.cat([q, k, v])
+        if dinov3 and no_bias:  # timm's files lack the biases, which are zeros in those that it has
+            state[f"{attn}qkv.bias"] = torch.zeros(3 * vit.embed_dim)
+        if dinov3 and f"{attn}qkv.bias" in state:
+            state[f"{attn}q_bias"], _, state[f"{attn}v_bias"] = state.pop(f"{attn}qkv.bias").chunk(3)
+    rules = [(r"^storage_tokens$", "reg_token"), (r"\.ls(\d)\.gamma$", r".gamma_\1")]
+    return substitute(state, rules) if dinov3 else state
 
 
 def vjepa2_names(state):
@@ -657,12 +652,8 @@ ENCODERS = {
     "vae_map": (lambda name, img_size, *_: VAEEncoder(name, img_size, spatial=True), 64, (), None),
     "patches": (lambda name, img_size, *_: PatchEncoder(img_size), 64, (), None),
     "dinov2": (partial(ViTEncoder, model=DINOV2, pixels=DINO_WM), 196, SIZES, "Apache-2.0"),
-    "dinov2_imagenet": (
-        partial(ViTEncoder, model=DINOV2, pixels=IMAGENET),
-        196,
-        SIZES,
-        "Apache-2.0",
-    ),  # as its authors do
+    # DINOv2 with its authors' own normalisation, against DINO-WM's above
+    "dinov2_imagenet": (partial(ViTEncoder, model=DINOV2, pixels=IMAGENET), 196, SIZES, "Apache-2.0"),
     "dino_cls": (partial(ViTEncoder, model=DINOV2, pixels=DINO_WM, cls=True), 196, SIZES, "Apache-2.0"),
     "dinov3": (partial(ViTEncoder, model=DINOV3, pixels=IMAGENET), 224, SIZES, "DINOv3 licence"),
     "vjepa2": (VJEPA2Encoder, 256, VJEPA2_SIZES, "MIT"),
@@ -689,9 +680,9 @@ def build_encoder(name, img_size=None, weights=None):
         raise UserError(f"--encoder {base} has no size '{size}', but {', '.join(sizes) or 'one alone'}")
     if licence is None and weights not in (None, "random"):
         raise UserError(f"--encoder {base} learns from the collected frames, if at all: it takes no --weights")
-    size = size or next(iter(sizes), None)
-    name = base if size == next(iter(sizes), None) else f"{base}-{size}"
-    return build(name, img_size or own_img_size, size, weights).freeze()
+    own_size = next(iter(sizes), None)
+    name = f"{base}-{size}" if size and size != own_size else base
+    return build(name, img_size or own_img_size, size or own_size, weights).freeze()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -715,9 +706,8 @@ def print_table(names, batch_size):
         if licence:
             found = encoder.repository and hub.try_to_load_from_cache(encoder.repository, "model.safetensors")
             weights = f"{encoder.repository or '--weights FILE'} ({licence}, {'' if found else 'not '}here)"
-        print(
-            f"{name:15} {encoder.img_size:5} {tokens.shape[1]:6} {tokens.shape[2]:5} {size:8.2f} {rate:8.3g}  {weights}"
-        )
+        _, n, d = tokens.shape
+        print(f"{name:15} {encoder.img_size:5} {n:6} {d:5} {size:8.2f} {rate:8.3g}  {weights}")
 
 
 def sample_frames(dataset, count=200):
@@ -760,12 +750,11 @@ def show(names, weights, frames, directory, count=4):
             continue
         if hasattr(encoder, "fit"):
             encoder.fit(frames)
-        tokens = torch.cat([encoder(to_tensor(c)) for c in chunks(frames[:: len(frames) // 50], 10)])
-        tokens = torch.cat([encoder(to_tensor(frames[:count])), tokens])
-        label = name + (f"\n{weights} weights" if pretrained and weights == "random" else "")
-        rows[f"{label}\n{tokens.shape[1]} x {tokens.shape[2]}"] = principal_colours(tokens)[:count]
-    figure, axes = plt.subplots(len(rows), count, figsize=(1.5 * count + 1, 1.5 * len(rows)), squeeze=False,
-                                layout="constrained")  # fmt: skip
+        tokens = torch.cat([encoder(to_tensor(c)) for c in chunks(frames[:50], 10)])
+        label = f"{name}\nrandom weights" if pretrained and weights == "random" else name
+        rows[f"{label}\n{tokens.shape[1]} x {tokens.shape[2]}"] = principal_colours(tokens)[:count].numpy()
+    size = (1.5 * count + 1, 1.5 * len(rows))
+    figure, axes = plt.subplots(len(rows), count, figsize=size, squeeze=False, layout="constrained")
     for row, (label, pictures) in zip(axes, rows.items(), strict=True):
         row[0].set_ylabel(label, rotation=0, ha="right", va="center")
         for ax, picture in zip(row, pictures, strict=True):

@@ -51,8 +51,12 @@ def get_args():
     add("--episodes", type=positive, default=3000, help="episodes to collect if there is no data set")
     add("--img-size", type=positive, default=64, help="side of the frames in the data set, in pixels")
     add("--encoder", default="pca", help="what turns a frame into tokens; python encoders.py lists them")
+    add("--encoder-size", help="of its backbone: small, base, large, huge, giant, as far as it has them")
     add("--encoder-img-size", type=positive, help="side that the encoder resizes frames to (default: its own)")
-    add("--weights", help="the encoder's weights: a local file, or 'random' (default: the pretrained ones)")
+    add(
+        "--weights",
+        help="the encoder's: a file, a folder, a Hugging Face repository, or 'random' (default: pretrained)",
+    )
     add("--frameskip", type=positive, default=5, help="environment steps per model step")
     add("--num-hist", type=positive, default=3, help="frames that the transition model sees")
     add(
@@ -70,6 +74,8 @@ def get_args():
     add("--overwrite", action="store_true", help="start anew although runs/NAME is there")
     add("--device", type=available_device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if args.encoder_size:
+        args.encoder += f"-{args.encoder_size}"
     args.name = args.name or f"{args.env}_{args.encoder}"
     for option in ("lr", "dropout"):
         value = getattr(args, option)
