@@ -212,7 +212,7 @@ class PatchEncoder(FrozenEncoder):
 
         token = P (2 x - 1)        x: a 16x16 patch in [0, 1]; P (d, 768): normal, variance 1/d
 
-    By Johnson and Lindenstrauss's lemma distances between tokens are those between patches, up to chance.
+    By Johnson and Lindenstrauss's lemma distances between tokens are, up to chance, those between the patches 2 x - 1.
     """
 
     def __init__(self, img_size=64, dim=64, patch=16):
@@ -493,13 +493,13 @@ def load_weights(model, weights, repository, rename):
         raise UserError("R3M's weights are on no hub: get model.pt as its README says, and give --weights PATH")
     files = weight_files(weights or repository)
     state = {k: v for file in files for k, v in read_tensors(file).items()}
+    own = model.state_dict()
     try:
         state = rename(state)
+        if "pos_embed" in own and "pos_embed" in state:
+            state["pos_embed"] = resample_positions(state["pos_embed"], own["pos_embed"].shape[1])
     except (AttributeError, TypeError, ValueError, RuntimeError):
         raise UserError(f"{files[0]} does not hold the weights of a {type(model).__name__}") from None
-    own = model.state_dict()
-    if "pos_embed" in own and "pos_embed" in state:
-        state["pos_embed"] = resample_positions(state["pos_embed"], own["pos_embed"].shape[1])
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = sorted(k for k in own.keys() & state.keys() if own[k].shape != getattr(state[k], "shape", None))
     if missing or unknown or shapes:
