@@ -398,7 +398,7 @@ class VFMVAE(FrozenEncoder):
 
     Layers, widths and the weights of L1, scales and KL are the release's (github.com/tianciB/VFM-VAE, f16d32), linear
     maps its `conv` variant. Smaller here: DINOv2 instead of SigLIP 2; the decoder below; a fixed weight and no distance
-    matrix in the alignment with f_3; neither LPIPS nor discriminators, which sharpen pictures, not what z knows. A
+    matrix in the alignment with f_3; no equivariance term, LPIPS or discriminators, so its pictures are blurrier. A
     token is the posterior mean, each number standardised.
     """
 
