@@ -4,29 +4,53 @@
     encoder.fit(frames)                                   for those that learn from our own frames
     encoder(images (B, 3, h, w) in [0, 1]) -> (B, N, d)   resizes and normalises inside; never trains
 
-`pca` and `vae` learn from the collected frames and need no download. `dinov2`, `dino_cls` and `dinov3` are
-pretrained vision transformers from timm: DINOv2 (Oquab et al., 2023, arXiv:2304.07193) is DINO-WM's own.
+    learned on our frames      pca  vae  vae_map                     no download
+    nothing learned            patches                               no download
+    pretrained, as they are    dinov2  dinov2_imagenet  dino_cls  dinov3  vjepa2  resnet18  resnet18_map  r3m
+    pretrained, then learned   dino_tok  dino_tok_vq  vfm_vae        on DINOv2, the baseline's own backbone
 
-    python encoders.py                # the table: tokens, width, parameters, weights, frames per second
+Every image is resized whole (bilinear, antialias), never cropped: the border of a frame is part of the world. What the
+pixels are normalised by stands beside each name in ENCODERS, at the end.
+
+    python encoders.py                                      # the table: tokens, width, parameters, weights, frames/s
+    python encoders.py --show pictures                      # three principal components of the tokens, as colours
+    python encoders.py --show pictures --encoders dinov2,dinov3 --weights random
 """
 
 import argparse
+import math
+import re
 import time
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import timm  # here and not where it is used: it loads Triton, which crashes once a renderer has loaded Mesa's LLVM
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import UserError, run_script
-from vae_mdnrnn import VAE, to_tensor, train_vae
+from data import Dataset, UserError, make_env, positive, run_script, write_atomic
+from vae_mdnrnn import VAE, fit, sample_z, to_tensor, train_vae
+
+DINOV2, DINOV3 = "vit_{}_patch14_dinov2.lvd142m", "vit_{}_patch16_dinov3.lvd1689m"  # timm's names, but for the size
+SIZES = {"small": 384, "base": 768, "large": 1024}  # and their widths
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+DINO_WM = dict(mean=(0.5,) * 3, std=(0.5,) * 3)  # DINO-WM's own choice for DINOv2 (its datasets/img_transforms.py)
 
 
 class FrozenEncoder(nn.Module):
-    """What all encoders share: no gradient, and eval mode whatever `train()` says."""
+    """What all encoders share: a name, an image size, N tokens of d numbers; no gradient, and eval mode whatever
+    `train()` says. N is one, or with a `patch` size one a patch."""
+
+    def __init__(self, name, img_size, dim, patch=None):
+        super().__init__()
+        if img_size % (patch or 1):
+            raise UserError(f"--encoder {name}: image size {img_size} is not a multiple of its patch size {patch}")
+        self.name, self.img_size, self.dim = name, img_size, dim
+        self.num_patches = (img_size // patch) ** 2 if patch else 1
 
     def freeze(self):
         return self.requires_grad_(False).eval()
@@ -40,6 +64,17 @@ class FrozenEncoder(nn.Module):
             return images
         size = (self.img_size, self.img_size)
         return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
+
+    def normalise(self, images, mean, std):
+        """What a pretrained backbone sees: resized, its pixels normalised, (B, 3, img_size, img_size)."""
+        mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
+        return (self.resize(images) - mean) / std
+
+    def standardise(self, latents, damping):
+        """Sets the buffers `mean` and `scale` from latents (S, d): scale_i = s_i + damping * max s."""
+        std = latents.std(0)
+        self.mean.copy_(latents.mean(0))
+        self.scale.copy_(std + damping * std.max())
 
 
 def chunks(frames, size=500):
@@ -67,11 +102,9 @@ class PCAEncoder(FrozenEncoder):
     samples a side.
     """
 
-    name, num_patches = "pca", 1
-
     def __init__(self, img_size=64, dim=32, sigma=0.14, damping=0.05, grid=16):
-        super().__init__()
-        self.img_size, self.dim, self.damping = img_size, dim, damping
+        super().__init__("pca", img_size, dim)
+        self.damping = damping
         self.register_buffer("lowpass", gaussian_lowpass(grid, img_size, sigma))
         self.register_buffer("mean", torch.zeros(3 * grid**2))
         self.register_buffer("axes", torch.zeros(3 * grid**2, dim))  # v_i / (s_i + c s_1)
@@ -95,8 +128,29 @@ class PCAEncoder(FrozenEncoder):
         return ((self.filtered(images) - self.mean) @ self.axes)[:, None]  # (B, 1, d)
 
 
+class SpatialVAE(VAE):
+    """V without its two linear layers: a 4x4 map of latents instead of one vector, z_dim numbers at each place."""
+
+    def __init__(self, z_dim=16):
+        super().__init__(z_dim)
+        widths = (3, 32, 64, 128, 256)
+        down = [(nn.Conv2d(i, o, 4, 2, 1), nn.ReLU()) for i, o in zip(widths, widths[1:], strict=False)]
+        up = [(nn.ReLU(), nn.ConvTranspose2d(o, i, 4, 2, 1)) for i, o in zip(widths, widths[1:], strict=False)]
+        self.encoder = nn.Sequential(*sum(down, ()))  # 64 -> 32 -> 16 -> 8 -> 4
+        self.mu, self.logvar = nn.Conv2d(256, z_dim, 1), nn.Conv2d(256, z_dim, 1)
+        self.decoder = nn.Sequential(nn.Conv2d(z_dim, 256, 1), *sum(reversed(up), ()), nn.Sigmoid())
+
+    def encode(self, x):
+        """(B, 3, 64, 64) -> mu, logvar, each (B, z_dim * 16)."""
+        return tuple(latent.flatten(1) for latent in super().encode(x))
+
+    def decode(self, z):
+        return self.decoder(z.unflatten(1, (self.z_dim, 4, 4)))
+
+
 class VAEEncoder(FrozenEncoder):
-    """The V of World Models as an encoder: one token, the posterior mean, normalised as PCA's is.
+    """The V of World Models as an encoder: one token, the posterior mean, normalised as PCA's is; or the 16 tokens of
+    its spatial variant.
 
         x' = 1/2 + gain * L (x - mean frame) L^T        what V sees and reconstructs, in [0, 1]
         token_i = (mu_i(x') - m_i) / (s_i + c max s)    m_i, s_i: mean and standard deviation of mu_i
@@ -112,18 +166,17 @@ class VAEEncoder(FrozenEncoder):
     - Scale. A sharp ball's latent says that two places differ, not how far apart they are; L makes neighbours overlap.
     """
 
-    name, num_patches = "vae", 1
-
-    def __init__(self, img_size=64, dim=32, sigma=0.1, beta=0.01, damping=0.1):
-        super().__init__()
+    def __init__(self, name="vae", img_size=64, spatial=False, sigma=0.1, beta=0.01, damping=0.1):
         if img_size != 64:
-            raise UserError(f"--encoder vae sees 64 px, as the paper's V, not {img_size}")
-        self.img_size, self.dim, self.beta, self.damping, self.vae = img_size, dim, beta, damping, VAE(dim)
+            raise UserError(f"--encoder {name} sees 64 px, as the paper's V, not {img_size}")
+        super().__init__(name, img_size, dim=16 if spatial else 32, patch=16 if spatial else None)
+        self.vae = SpatialVAE(self.dim) if spatial else VAE(self.dim)
+        self.beta, self.damping = beta, damping
         self.register_buffer("lowpass", gaussian_lowpass(64, 64, sigma))
         self.register_buffer("background", torch.zeros(3, 64, 64))
         self.register_buffer("gain", torch.ones(()))
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("scale", torch.ones(dim))
+        self.register_buffer("mean", torch.zeros(self.num_patches * self.dim))
+        self.register_buffer("scale", torch.ones(self.num_patches * self.dim))
 
     def filtered(self, images):
         """L x L^T of images (B, 3, h, w) -> (B, 3, 64, 64)."""
@@ -146,46 +199,328 @@ class VAEEncoder(FrozenEncoder):
         self.vae.requires_grad_(True)
         train_vae(self.vae, frames, steps, batch_size=32, beta=self.beta, kl_tolerance=0, seed=seed, see=self.contrast)
         self.freeze()
-        mu = torch.cat([self.posterior_mean(to_tensor(f, device)) for f in chunks(frames)])
-        std = mu.std(0)
-        self.mean.copy_(mu.mean(0))
-        self.scale.copy_(std + self.damping * std.max())
+        self.standardise(torch.cat([self.posterior_mean(to_tensor(f, device)) for f in chunks(frames)]), self.damping)
         return self
 
     def forward(self, images):
-        return ((self.posterior_mean(images) - self.mean) / self.scale)[:, None]  # (B, 1, d)
+        latent = (self.posterior_mean(images) - self.mean) / self.scale  # (B, d * N)
+        return latent.unflatten(1, (self.dim, self.num_patches)).mT  # (B, N, d)
 
 
-class ViTEncoder(FrozenEncoder):
-    """A pretrained vision transformer of timm: its patch tokens, or its class token, after the final norm.
+class PatchEncoder(FrozenEncoder):
+    """Raw pixels in patches through a fixed random projection: does pretraining matter at all?
 
-    Args:
-        name, model: our name, and timm's (its weights are the Hugging Face repository timm/<model>).
-        img_size: side that the image is resized to, a multiple of the patch size.
-        mean, std: normalisation of the pixels; 0.5 and 0.5 is DINO-WM's choice for DINOv2, not DINOv2's own.
-        cls: the class token alone, (B, 1, d), instead of the patch tokens.
-        weights: None for the pretrained ones, a local file in timm's or the original release's format
-            (.safetensors or .pth), or "random".
+        token = P (2 x - 1)        x: a 16x16 patch in [0, 1]; P (d, 768): normal, variance 1/d
+
+    By Johnson and Lindenstrauss's lemma distances between tokens are, up to chance, those between the patches 2 x - 1.
     """
 
-    def __init__(self, name, model, img_size, mean=(0.5,) * 3, std=(0.5,) * 3, cls=False, weights=None):
-        super().__init__()
-        patch = int(model.split("patch")[1].split("_")[0])
-        if img_size % patch:
-            raise UserError(f"--encoder {name}: image size {img_size} is not a multiple of its patch size {patch}")
-        self.name, self.img_size, self.cls = name, img_size, cls
-        self.vit = timm.create_model(model, img_size=img_size, num_classes=0)
-        self.num_patches = 1 if cls else (img_size // patch) ** 2
-        self.dim = self.vit.num_features
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
-        if weights != "random":
-            load_timm_weights(self.vit, weights or download(f"timm/{model}"))
+    def __init__(self, img_size=64, dim=64, patch=16):
+        super().__init__("patches", img_size, dim, patch)
+        self.patch = patch
+        generator = torch.Generator().manual_seed(0)
+        self.register_buffer("projection", torch.randn(3 * patch**2, dim, generator=generator) / dim**0.5)
 
     @torch.no_grad()
     def forward(self, images):
-        x = self.vit.forward_features((self.resize(images) - self.mean) / self.std)  # (B, prefix + N, d)
+        patches = F.unfold(2 * self.resize(images) - 1, self.patch, stride=self.patch)  # (B, 768, N)
+        return patches.mT @ self.projection  # (B, N, d)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Pretrained backbones
+
+
+class ViTEncoder(FrozenEncoder):
+    """DINOv2 (Oquab et al., 2023, arXiv:2304.07193) and DINOv3 (Simeoni et al., 2025, arXiv:2508.10104): the patch
+    tokens, or the class token, after the final norm. Class and register tokens are never among the patch tokens.
+
+    Args:
+        name: ours; model: timm's, with a place for the size; its weights are the Hugging Face repository timm/<model>.
+        img_size: side that the image is resized to, a multiple of the patch size.
+        weights: None for the pretrained ones, a Hugging Face repository, a local file or folder in timm's,
+            transformers' or the original repository's format, or "random".
+        pixels: their mean and std. cls: the class token alone, (B, 1, d).
+    """
+
+    def __init__(self, name, img_size, size, weights, model, pixels, cls=False):
+        model = model.format(size)
+        patch = int(model.split("patch")[1].split("_")[0])
+        super().__init__(name, img_size, SIZES[size], patch)
+        # timm has DINOv3 with and without biases of q, k, v. Only with them does every original checkpoint fit.
+        self.vit = timm.create_model(model.replace("dinov3.", "dinov3_qkvb."), img_size=img_size, num_classes=0)
+        self.pixels, self.cls, self.repository = pixels, cls, f"timm/{model}"
+        if cls:
+            self.num_patches = 1
+        load_weights(self.vit, weights, self.repository, partial(vit_names, self.vit))
+
+    @torch.no_grad()
+    def forward(self, images):
+        x = self.vit.forward_features(self.normalise(images, **self.pixels))  # (B, prefix + N, d)
         return x[:, :1] if self.cls else x[:, self.vit.num_prefix_tokens :]
+
+    @torch.no_grad()
+    def layers(self, images, blocks):
+        """Patch tokens (B, N, d) after each number of `blocks`; 0 is the patch embedding, -1 the normed output."""
+        x = self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(self.normalise(images, **self.pixels))))
+        outputs = {0: x}
+        for i, block in enumerate(self.vit.blocks, start=1):
+            outputs[i] = x = block(x)
+        outputs[-1] = self.vit.norm(x)
+        return [outputs[i][:, self.vit.num_prefix_tokens :] for i in blocks]
+
+
+VJEPA2_SIZES = {
+    "large": dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16),
+    "huge": dict(hidden_size=1280, num_hidden_layers=32, num_attention_heads=16),
+    "giant": dict(hidden_size=1408, num_hidden_layers=40, num_attention_heads=22, mlp_ratio=48 / 11),
+}
+
+
+class VJEPA2Encoder(FrozenEncoder):
+    """V-JEPA 2 (Assran et al., 2025, arXiv:2506.09985): a frame twice makes a clip of one tubelet.
+
+    As its authors encode images for control (`forward_target` in app/vjepa_droid/train.py): each frame by itself,
+    doubled, and the tokens layer-normed once more, without weights.
+    """
+
+    def __init__(self, name, img_size, size, weights):
+        from transformers import VJEPA2Config, VJEPA2Model  # takes seconds, and only this one needs it
+
+        super().__init__(name, img_size, VJEPA2_SIZES[size]["hidden_size"], patch=16)
+        config = VJEPA2Config(crop_size=img_size, pred_num_hidden_layers=1, **VJEPA2_SIZES[size])
+        self.vit = VJEPA2Model(config).encoder
+        self.repository = f"facebook/vjepa2-vit{size[0]}-fpc64-256"
+        load_weights(self.vit, weights, self.repository, vjepa2_names)
+
+    @torch.no_grad()
+    def forward(self, images):
+        clip = self.normalise(images, **IMAGENET)[:, None].expand(-1, 2, -1, -1, -1)  # (B, 2, 3, s, s)
+        return F.layer_norm(self.vit(clip).last_hidden_state, (self.dim,))  # (B, N, d)
+
+
+class ResNetEncoder(FrozenEncoder):
+    """A ResNet-18: the mean of its last map as one token, or the map's places as tokens.
+
+    ImageNet's (He et al., 2016; torchvision's weights, as in DINO-WM), or R3M's (Nair et al., 2022, arXiv:2203.12601),
+    whose authors crop 224 of 256 px; here, as in DINO-WM, the whole image is 224 px.
+    """
+
+    def __init__(self, name, img_size, size, weights, repository="timm/resnet18.tv_in1k", spatial=False):
+        super().__init__(name, img_size, 512, patch=32 if spatial else None)
+        self.net, self.repository = timm.create_model("resnet18", num_classes=0), repository
+        load_weights(self.net, weights, repository, resnet_names)
+
+    @torch.no_grad()
+    def forward(self, images):
+        tokens = self.net.forward_features(self.normalise(images, **IMAGENET)).flatten(2).mT  # (B, 49, 512)
+        return tokens.mean(1, keepdim=True) if self.num_patches == 1 else tokens
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tokenizers that learn on top of a frozen backbone
+
+
+class DINOTok(FrozenEncoder):
+    """DINO-Tok (Jia et al., 2025, arXiv:2511.20565): shallow features keep detail, deep ones meaning; joined, they are
+    an "information-complete" latent, projected on a global PCA and, in the VQ form, quantised by two codebooks.
+
+        z_b = V_b^T (f_b - m_b) / s_b       b = shallow, deep; V_b: the first k/2 principal axes over all frames
+        token = [z_shallow, z_deep]         s_b: one number, so that both branches are equally loud
+        token = [c_shallow, c_deep]         VQ: each half becomes the nearest of its codebook's centres
+
+    No whitening: within a branch the leading components dominate every distance, which is what the paper's global PCA
+    is for. The paper's code and weights are not released and it trains its codebooks and a decoder on ImageNet; here
+    the axes are exact, the codebooks are k-means centres, both of our frames, and nothing is decoded. Ours, too: the
+    shallow layer (after a third of the blocks), k, the size of the codebooks, and DINOv2 below, the baseline's eye.
+    """
+
+    def __init__(self, name, img_size, size, weights, dim=64, codes=0):
+        super().__init__(name, img_size, dim, patch=14)
+        self.backbone = ViTEncoder(name, img_size, size, weights, DINOV2, IMAGENET)
+        self.repository = self.backbone.repository
+        self.register_buffer("mean", torch.zeros(2, 1, self.backbone.dim))
+        self.register_buffer("axes", torch.zeros(2, self.backbone.dim, dim // 2))  # V_b / s_b
+        self.register_buffer("codebooks", torch.zeros(2, codes, dim // 2))
+
+    def branches(self, images):
+        """(B, 3, h, w) -> shallow and deep features, (2, B * N, d)."""
+        shallow = len(self.backbone.vit.blocks) // 3
+        return torch.stack(self.backbone.layers(images, (shallow, -1))).flatten(1, 2)
+
+    @torch.no_grad()
+    def fit(self, frames, seed=0, max_frames=500):
+        """frames (S, H, W, 3) uint8, of which `max_frames`, evenly spread, are used."""
+        frames = frames[:: -(-len(frames) // max_frames)]
+        f = torch.cat([self.branches(to_tensor(c, self.mean.device)) for c in chunks(frames, 50)], dim=1)
+        self.mean.copy_(f.mean(1, keepdim=True))
+        f -= self.mean
+        variance, vectors = torch.linalg.eigh((f.mT @ f).double() / f.shape[1])  # ascending
+        variance, vectors = variance.flip(1)[:, : self.dim // 2], vectors.flip(2)[..., : self.dim // 2]
+        self.axes.copy_(vectors / variance.mean(1).sqrt()[:, None, None])
+        if self.codebooks.numel():
+            generator = torch.Generator().manual_seed(seed)
+            for codebook, z in zip(self.codebooks, f @ self.axes, strict=True):
+                codebook.copy_(kmeans(z, len(codebook), generator))
+        return self
+
+    @torch.no_grad()
+    def forward(self, images):
+        z = (self.branches(images) - self.mean) @ self.axes  # (2, B * N, d / 2)
+        if self.codebooks.numel():
+            nearest = torch.cdist(z, self.codebooks).argmin(-1, keepdim=True)
+            z = self.codebooks.gather(1, nearest.expand_as(z))
+        return z.unflatten(1, (len(images), self.num_patches)).movedim(0, 2).flatten(2)  # (B, N, d)
+
+
+def kmeans(x, k, generator, steps=20):
+    """Lloyd's algorithm: x (n, d) -> centres (k, d). A centre without points moves to a random one."""
+
+    def draw(count):
+        return x[torch.randint(len(x), (count,), generator=generator).to(x.device)]
+
+    centres, x = draw(k), draw(min(len(x), 50_000))
+    for _ in range(steps):
+        nearest = torch.cdist(x, centres).argmin(1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, x)
+        counts = torch.bincount(nearest, minlength=k)[:, None]
+        centres = torch.where(counts > 0, sums / counts.clamp(min=1), draw(k))
+    return centres
+
+
+class VFMVAE(FrozenEncoder):
+    """VFM-VAE (Bi et al., 2025, arXiv:2510.18457): a VAE whose encoder is a frozen vision foundation model.
+
+        f_l = layer l of the backbone, l = patch embedding, middle, last           (B, N, d) each
+        mu, logvar = W [W_1 f_1, W_2 f_2, W_3 f_3]                                 d -> 64 each, 192 -> 2 * 32
+        z = mu + exp(logvar / 2) eps                                               14 x 14 x 32
+        L = |x^ - x| + 0.1 sum_s |x^_s - x_s| + 1e-6 KL(q(z|x) || N(0, 1)) + 0.1 (1 - cos(W_z z, f_3))
+
+    Layers, widths and the weights of L1, scales and KL are the release's (github.com/tianciB/VFM-VAE, f16d32), linear
+    maps its `conv` variant. Smaller here: DINOv2 instead of SigLIP 2; the decoder below; a fixed weight and no distance
+    matrix in the alignment with f_3; no equivariance term, LPIPS or discriminators, so its pictures are blurrier. A
+    token is the posterior mean, each number standardised.
+    """
+
+    def __init__(self, name, img_size, size, weights, dim=32, damping=0.1):
+        super().__init__(name, img_size, dim, patch=14)
+        self.backbone = ViTEncoder(name, img_size, size, weights, DINOV2, IMAGENET)
+        self.repository, self.damping, d = self.backbone.repository, damping, self.backbone.dim
+        self.levels = nn.ModuleList(nn.Linear(d, 64) for _ in range(3))
+        self.to_latent, self.to_features = nn.Linear(3 * 64, 2 * dim), nn.Linear(dim, d)
+        self.decoder = FusionDecoder(dim)
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(dim))
+
+    def features(self, images):
+        return self.backbone.layers(images, (0, len(self.backbone.vit.blocks) // 2, -1))
+
+    def posterior(self, features):
+        """Three (B, N, d) -> mu, logvar, each (B, N, 32)."""
+        levels = [level(f) for level, f in zip(self.levels, features, strict=True)]
+        return self.to_latent(torch.cat(levels, -1)).chunk(2, -1)
+
+    def loss(self, images):
+        features = self.features(images)
+        mu, logvar = self.posterior(features)
+        z = sample_z(mu, logvar)
+        side = math.isqrt(self.num_patches)
+        *coarse, recon = self.decoder(z.mT.unflatten(2, (side, side)))
+        error = [F.l1_loss(x, F.adaptive_avg_pool2d(images, x.shape[-2:])) for x in (*coarse, recon)]
+        kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum((1, 2)).mean()
+        align = 1 - F.cosine_similarity(self.to_features(z), features[-1], dim=-1).mean()
+        return {"loss": error[-1] + 0.1 * sum(error[:-1]) + 1e-6 * kl + 0.1 * align, "recon": error[-1]}
+
+    def fit(self, frames, seed=0, steps=1000, batch_size=16):
+        """frames (S, H, W, 3) uint8."""
+        device = self.mean.device
+
+        def loss():
+            index = torch.randint(len(frames), (batch_size,)).sort().values.numpy()
+            return self.loss(self.resize(to_tensor(frames[index], device)))
+
+        learned = nn.ModuleList([self.levels, self.to_latent, self.to_features, self.decoder]).requires_grad_(True)
+        fit(learned, loss, steps, 1e-3, seed, "train VFM-VAE")
+        self.freeze()
+        with torch.no_grad():
+            sample = frames[:: -(-len(frames) // 500)]
+            mu = torch.cat([self.posterior(self.features(to_tensor(c, device)))[0] for c in chunks(sample, 50)])
+        self.standardise(mu.flatten(0, 1), self.damping)
+        return self
+
+    @torch.no_grad()
+    def forward(self, images):
+        return (self.posterior(self.features(images))[0] - self.mean) / self.scale  # (B, N, 32)
+
+
+class FusionDecoder(nn.Module):
+    """z (B, dim, s, s) -> images of s, 2s, 4s and 8s pixels: multi-scale latent fusion, progressive reconstruction.
+
+    Each scale sees z anew (a convolution, its channels shuffled into pixels) beside what the scale below it made, and
+    adds its own detail to the picture. Without the paper's modulation by the pooled z and its attention.
+    """
+
+    def __init__(self, dim, widths=(128, 64, 32, 16)):
+        super().__init__()
+        self.fuse, self.blocks, self.to_rgb = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for i, width in enumerate(widths):
+            below = widths[i - 1] if i else 0
+            self.fuse.append(nn.Sequential(nn.Conv2d(dim, width * 4**i, 3, padding=1), nn.PixelShuffle(2**i)))
+            convs = nn.Conv2d(below + width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+            self.blocks.append(nn.Sequential(convs[0], nn.GELU(), convs[1], nn.GELU()))
+            self.to_rgb.append(nn.Conv2d(width, 3, 1))
+
+    def forward(self, z):
+        x, picture, pictures = None, 0.5, []
+        for fuse, block, to_rgb in zip(self.fuse, self.blocks, self.to_rgb, strict=True):
+            if x is not None:
+                x, picture = (F.interpolate(t, scale_factor=2, mode="bilinear") for t in (x, picture))
+            x = block(fuse(z) if x is None else torch.cat([x, fuse(z)], 1))
+            picture = picture + to_rgb(x)
+            pictures.append(picture)
+        return pictures
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Weights: found, renamed to the names of the model that we run, and loaded whole or not at all
+
+
+def load_weights(model, weights, repository, rename):
+    """Loads `weights` (a file, a folder, a Hugging Face repository; None for `repository`) into `model`."""
+    if weights == "random":
+        return
+    if weights is None and repository is None:
+        raise UserError("R3M's weights are on no hub: get model.pt as its README says, and give --weights PATH")
+    files = weight_files(weights or repository)
+    state = {k: v for file in files for k, v in read_tensors(file).items()}
+    own = model.state_dict()
+    try:
+        state = rename(state)
+        if "pos_embed" in own and "pos_embed" in state:
+            state["pos_embed"] = resample_positions(state["pos_embed"], own["pos_embed"].shape[1])
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        raise UserError(f"{files[0]} does not hold the weights of a {type(model).__name__}") from None
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    shapes = sorted(k for k in own.keys() & state.keys() if own[k].shape != getattr(state[k], "shape", None))
+    if missing or unknown or shapes:
+        problems = [f"{len(k)} {what}, e.g. {k[0]}" for what, k in
+                    (("missing", missing), ("unknown", unknown), ("of another shape", shapes)) if k]  # fmt: skip
+        raise UserError(f"{files[0]} is a checkpoint of another architecture: keys {'; '.join(problems)}")
+    model.load_state_dict(state)
+
+
+def weight_files(source):
+    """The local files of `source`: itself, what a folder holds, or a Hugging Face repository's."""
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        if files := sorted(path.glob("model*.safetensors")):
+            return files
+        raise UserError(f"no model.safetensors in the folder {path}")
+    if re.fullmatch(r"[\w-]+/[\w.-]+", str(source)) and path.suffix not in (".pth", ".pt", ".safetensors"):
+        return [Path(download(str(source)))]
+    raise UserError(f"no weights at {path}: --weights takes a file, a folder, a Hugging Face repository, or 'random'")
 
 
 def download(repository, filename="model.safetensors"):
@@ -209,80 +544,245 @@ def download(repository, filename="model.safetensors"):
         raise UserError(f"the weights {repository}/{filename} are not here, and no network: {help}") from None
 
 
-def load_timm_weights(model, path):
-    """Loads a file into a timm model, whole or not at all; position embeddings are resampled to its size."""
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"no weights at {path}: --weights takes a .safetensors or .pth file, or 'random'")
+def read_tensors(path):
+    """The dictionary in a .safetensors, .pth or .pt file; never executes a pickle."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # the formats' libraries raise whatever they like on a damaged file
         raise UserError(f"{path} is damaged, or no file of tensors ({type(error).__name__})") from None
-    if hasattr(model, "patch_embed"):
-        from timm.models import eva, vision_transformer
-
-        module = eva if isinstance(model, eva.Eva) else vision_transformer
-        try:
-            state = module.checkpoint_filter_fn(state, model)  # original names -> timm's, positions resampled
-        except Exception:
-            raise UserError(f"{path} does not hold the weights of {type(model).__name__}") from None
-    own = model.state_dict()
-    missing = sorted(own.keys() - state.keys())
-    unknown = sorted(state.keys() - own.keys())
-    shapes = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
-    if missing or unknown or shapes:
-        problems = [f"{len(k)} {what}, e.g. {k[0]}" for what, k in
-                    (("missing", missing), ("unknown", unknown), ("of another shape", shapes)) if k]  # fmt: skip
-        raise UserError(f"{path} is a checkpoint of another architecture: keys {'; '.join(problems)}")
-    model.load_state_dict(state)
 
 
-IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-DINOV2, DINOV3 = "vit_small_patch14_dinov2.lvd142m", "vit_small_patch16_dinov3.lvd1689m"
+def resample_positions(positions, length):
+    """DINOv2's position embeddings (1, 1 + M^2, d) for a grid of another size, (1, length, d), as its released code
+    does it (`interpolate_pos_encoding`): bicubic, without antialias, and with the 0.1 its weights were tested with."""
+    old, new = math.isqrt(positions.shape[1] - 1), math.isqrt(length - 1)
+    if positions.shape[1] == length or old**2 + 1 != positions.shape[1]:
+        return positions
+    grid = positions[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, d, M, M)
+    grid = F.interpolate(grid.float(), scale_factor=(new + 0.1) / old, mode="bicubic")
+    return torch.cat([positions[:, :1], grid.flatten(2).mT], dim=1)
 
+
+def substitute(state, rules):
+    """Renames the keys by regular expressions, in order; a rule to None drops what it matches."""
+    renamed = {}
+    for key, tensor in state.items():
+        for pattern, new in rules:
+            if new is None and re.search(pattern, key):
+                break
+            key = re.sub(pattern, new or "", key)
+        else:
+            renamed[key] = tensor
+    return renamed
+
+
+def vit_names(vit, state):
+    """DINOv2's and DINOv3's names -> timm's. Sources: the models in facebookresearch/dinov2 and dinov3, and the
+    conversion scripts convert_dinov2_to_hf.py and convert_dinov3_vit_to_hf.py in huggingface/transformers."""
+    state = substitute(state, [
+        (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),  # transformers' -> the original
+        (r"^embeddings\.position_embeddings$", "pos_embed"),
+        (r"^embeddings\.register_tokens$", "storage_tokens"),
+        (r"^embeddings\.", ""),
+        (r"^(encoder\.|model\.)?layer\.", "blocks."),
+        (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
+        (r"\.attention\.(attention\.)?(q|k|v)(uery|ey|alue|_proj)\.", r".attn.\2."),
+        (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+        (r"\.mlp\.up_proj\.", ".mlp.fc1."),
+        (r"\.mlp\.down_proj\.", ".mlp.fc2."),
+        (r"^layernorm\.", "norm."),
+        (r"^mask_token$|^rope_embed\.|\.qkv\.bias_mask$", None),  # of training; derived from the image size; constant
+    ])  # fmt: skip
+    dinov3 = "pos_embed" not in state
+    no_bias = not any(key.endswith(("bias", "q_bias")) and ".attn.q" in key for key in state)
+    for attn in (f"blocks.{i}.attn." for i in range(len(vit.blocks))):
+        for kind in ("weight", "bias"):
+            q, k, v = (state.pop(f"{attn}{part}.{kind}", None) for part in "qkv")
+            if dinov3 and kind == "bias" and q is not None:
+                k = torch.zeros_like(q)  # its keys have no bias; the original multiplies one by zeros
+            if None not in (q, k, v):
+                state[f"{attn}qkv.{kind}"] = torch.cat([q, k, v])
+        if dinov3 and no_bias:  # timm's files lack the biases, which are zeros in those that it has
+            state[f"{attn}qkv.bias"] = torch.zeros(3 * vit.embed_dim)
+        if dinov3 and f"{attn}qkv.bias" in state:
+            state[f"{attn}q_bias"], _, state[f"{attn}v_bias"] = state.pop(f"{attn}qkv.bias").chunk(3)
+    rules = [(r"^storage_tokens$", "reg_token"), (r"\.ls(\d)\.gamma$", r".gamma_\1")]
+    return substitute(state, rules) if dinov3 else state
+
+
+def vjepa2_names(state):
+    """V-JEPA 2's names -> those of the encoder in transformers' VJEPA2Model. Sources: src/hub/backbones.py in
+    facebookresearch/vjepa2, convert_vjepa2_to_hf.py in huggingface/transformers."""
+    if "encoder" in state:  # the original file: {"encoder", "predictor", "opt", "epoch", ...}
+        state = substitute(state["encoder"], [
+            (r"^(module\.)?(backbone\.)?", ""),
+            (r"^pos_embed$", None),  # there, but never used: positions are rotary
+            (r"^patch_embed\.", "embeddings.patch_embeddings."),
+            (r"^blocks\.", "layer."),
+            (r"\.attn\.", ".attention."),
+            (r"^norm\.", "layernorm."),
+        ])  # fmt: skip
+        for key in [k for k in state if ".qkv." in k]:
+            q, k, v = state.pop(key).chunk(3)
+            state |= {key.replace("qkv", name): part for name, part in (("query", q), ("key", k), ("value", v))}
+    return substitute(state, [(r"^predictor\.", None), (r"^encoder\.", "")])
+
+
+def resnet_names(state):
+    """torchvision's and R3M's names -> timm's, which are torchvision's. Source: r3m/__init__.py in
+    facebookresearch/r3m, whose files hold {"r3m": the state of a DataParallel with `convnet` and a language head}."""
+    rules = [(r"^module\.", ""), (r"^convnet\.", ""), (r"^lang_(enc|rew)\.|^fc\.", None)]  # fc: ImageNet's classes
+    state = substitute(state.get("r3m", state), rules)
+    means = [key for key in state if key.endswith("running_mean")]  # older files lack the counters, which eval ignores
+    return {key.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for key in means} | state
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The builder
+
+# name: how to build it from (name, img_size, size, weights), its image size, its sizes (the default first), and the
+# licence of its weights, if it has any
 ENCODERS = {
-    "pca": lambda img_size, weights: PCAEncoder(img_size or 64),
-    "vae": lambda img_size, weights: VAEEncoder(img_size or 64),
-    "dinov2": lambda img_size, weights: ViTEncoder("dinov2", DINOV2, img_size or 196, weights=weights),
-    "dino_cls": lambda img_size, weights: ViTEncoder("dino_cls", DINOV2, img_size or 196, cls=True, weights=weights),
-    "dinov3": lambda img_size, weights: ViTEncoder("dinov3", DINOV3, img_size or 224, **IMAGENET, weights=weights),
+    "pca": (lambda name, img_size, *_: PCAEncoder(img_size), 64, (), None),
+    "vae": (lambda name, img_size, *_: VAEEncoder(name, img_size), 64, (), None),
+    "vae_map": (lambda name, img_size, *_: VAEEncoder(name, img_size, spatial=True), 64, (), None),
+    "patches": (lambda name, img_size, *_: PatchEncoder(img_size), 64, (), None),
+    "dinov2": (partial(ViTEncoder, model=DINOV2, pixels=DINO_WM), 196, SIZES, "Apache-2.0"),
+    # DINOv2 with its authors' own normalisation, against DINO-WM's above
+    "dinov2_imagenet": (partial(ViTEncoder, model=DINOV2, pixels=IMAGENET), 196, SIZES, "Apache-2.0"),
+    "dino_cls": (partial(ViTEncoder, model=DINOV2, pixels=DINO_WM, cls=True), 196, SIZES, "Apache-2.0"),
+    "dinov3": (partial(ViTEncoder, model=DINOV3, pixels=IMAGENET), 224, SIZES, "DINOv3 licence"),
+    "vjepa2": (VJEPA2Encoder, 256, VJEPA2_SIZES, "MIT"),
+    "resnet18": (ResNetEncoder, 224, (), "BSD-3-Clause"),
+    "resnet18_map": (partial(ResNetEncoder, spatial=True), 224, (), "BSD-3-Clause"),
+    "r3m": (partial(ResNetEncoder, repository=None), 224, (), "MIT"),
+    "dino_tok": (DINOTok, 196, SIZES, "Apache-2.0"),
+    "dino_tok_vq": (partial(DINOTok, codes=512), 196, SIZES, "Apache-2.0"),
+    "vfm_vae": (VFMVAE, 196, SIZES, "Apache-2.0"),
 }
-LICENCES = {"dinov2": "Apache-2.0", "dino_cls": "Apache-2.0", "dinov3": "DINOv3 licence"}
 
 
 def build_encoder(name, img_size=None, weights=None):
-    """The frozen encoder called `name`; `img_size` is the side it resizes images to (default: its own)."""
-    if name not in ENCODERS:
-        raise UserError(f"unknown encoder '{name}'; known: {', '.join(ENCODERS)}")
-    encoder = ENCODERS[name](img_size, weights).freeze()
-    if hasattr(encoder, "fit") and weights not in (None, "random"):
-        raise UserError(f"--encoder {name} learns from the collected frames: it takes no --weights")
-    return encoder
+    """The frozen encoder called `name`, or `name-size`; `img_size` is the side it resizes images to (default: its own).
+
+    weights: None for the pretrained ones, "random" for none, or what `load_weights` takes. UserError for what is
+    unknown, not there, or does not fit.
+    """
+    base, _, size = name.partition("-")
+    if base not in ENCODERS:
+        raise UserError(f"unknown encoder '{base}'; known: {', '.join(ENCODERS)}")
+    build, own_img_size, sizes, licence = ENCODERS[base]
+    if size and size not in sizes:
+        raise UserError(f"--encoder {base} has no size '{size}', but {', '.join(sizes) or 'one alone'}")
+    if licence is None and weights not in (None, "random"):
+        raise UserError(f"--encoder {base} learns from the collected frames, if at all: it takes no --weights")
+    own_size = next(iter(sizes), None)
+    name = f"{base}-{size}" if size and size != own_size else base
+    return build(name, img_size or own_img_size, size or own_size, weights).freeze()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--batch-size", type=int, default=16)
-    batch_size = parser.parse_args().batch_size
-    print(f"{'encoder':10} {'image':>5} {'tokens':>6} {'width':>5} {'M params':>8} {'frames/s':>8}  weights (licence)")
-    for name in ENCODERS:
-        encoder = build_encoder(name, weights="random")
+# ---------------------------------------------------------------------------------------------------------
+# The table, and the picture
+
+
+def print_table(names, batch_size):
+    import huggingface_hub as hub
+
+    print(f"{'encoder':15} {'image':>5} {'tokens':>6} {'width':>5} {'M params':>8} {'frames/s':>8}  weights (licence)")
+    for name in names:
+        encoder, licence = build_encoder(name, weights="random"), ENCODERS[name.partition("-")[0]][3]
         images = torch.rand(batch_size, 3, encoder.img_size, encoder.img_size)
-        tokens, n, start = encoder(images), 0, time.perf_counter()
+        tokens, n, start = encoder(images[:1]), 0, time.perf_counter()
         while time.perf_counter() - start < 1:
             encoder(images)
             n += batch_size
         rate = n / (time.perf_counter() - start)
         size = sum(p.numel() for p in encoder.parameters()) / 1e6
-        weights = f"pretrained ({LICENCES[name]})" if name in LICENCES else "fitted on the collected frames"
-        print(
-            f"{name:10} {encoder.img_size:5} {tokens.shape[1]:6} {tokens.shape[2]:5} {size:8.2f} {rate:8.0f}  {weights}"
-        )
+        weights = "fitted on the collected frames" if hasattr(encoder, "fit") else "none"
+        if licence:
+            found = encoder.repository and hub.try_to_load_from_cache(encoder.repository, "model.safetensors")
+            weights = f"{encoder.repository or '--weights FILE'} ({licence}, {'' if found else 'not '}here)"
+        _, n, d = tokens.shape
+        print(f"{name:15} {encoder.img_size:5} {n:6} {d:5} {size:8.2f} {rate:8.3g}  {weights}")
+
+
+def sample_frames(dataset, count=200):
+    """(count, H, W, 3) uint8: from a data set's folder, or PointMaze with its ball anywhere."""
+    if dataset is not None:
+        frames = Dataset(dataset).frames
+        return frames[np.linspace(0, len(frames) - 1, count).astype(int)]
+    env, rng, frames = make_env("pointmaze", 224), np.random.default_rng(0), []
+    for _ in range(count):
+        env.set_state(env.sample_state(rng))
+        frames.append(env.observe()["visual"])
+    return np.stack(frames)
+
+
+def principal_colours(tokens):
+    """Tokens (B, N, d) -> images (B, side, side, 3): their first three principal components over all B * N tokens, each
+    stretched from its 1st to its 99th percentile, as red, green and blue."""
+    x = tokens.flatten(0, 1).double()
+    _, vectors = torch.linalg.eigh(torch.cov(x.T))  # ascending
+    x = (x - x.mean(0)) @ vectors.flip(1)[:, :3]
+    low, high = x.quantile(0.01, 0), x.quantile(0.99, 0)
+    side = math.isqrt(tokens.shape[1])
+    return ((x - low) / (high - low).clamp(min=1e-9)).clamp(0, 1).view(-1, side, side, 3)
+
+
+def show(names, weights, frames, directory, count=4):
+    """Writes `directory`/tokens.png: a row of frames, and below it a row for each encoder."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = {"frame": frames[:count]}
+    for name in names:
+        pretrained = ENCODERS[name.partition("-")[0]][3] is not None
+        try:
+            encoder = build_encoder(name, weights=weights if pretrained else None)
+        except UserError as error:
+            print(f"left out: {error}")
+            continue
+        if hasattr(encoder, "fit"):
+            encoder.fit(frames)
+        tokens = torch.cat([encoder(to_tensor(c)) for c in chunks(frames[:50], 10)])
+        label = f"{name}\nrandom weights" if pretrained and weights == "random" else name
+        rows[f"{label}\n{tokens.shape[1]} x {tokens.shape[2]}"] = principal_colours(tokens)[:count].numpy()
+    size = (1.5 * count + 1, 1.5 * len(rows))
+    figure, axes = plt.subplots(len(rows), count, figsize=size, squeeze=False, layout="constrained")
+    for row, (label, pictures) in zip(axes, rows.items(), strict=True):
+        row[0].set_ylabel(label, rotation=0, ha="right", va="center")
+        for ax, picture in zip(row, pictures, strict=True):
+            ax.imshow(picture)
+            ax.set(xticks=[], yticks=[])
+    path = Path(directory) / "tokens.png"
+    write_atomic(path, lambda temporary: figure.savefig(temporary, dpi=100))
+    print(f"wrote {path}")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--encoders", default=",".join(ENCODERS), help="which, with commas between")
+    add("--batch-size", type=positive, default=8, help="for frames/s in the table")
+    add("--show", metavar="DIR", help="instead of the table: draw the tokens to DIR/tokens.png")
+    add("--weights", help="for --show: as train.py's, for all encoders that take any")
+    add("--data", help="for --show: the data set whose frames to see and to fit to (default: PointMaze, rendered)")
+    args = parser.parse_args()
+    names = args.encoders.split(",")
+    if unknown := [name for name in names if name.partition("-")[0] not in ENCODERS]:
+        raise UserError(f"unknown encoder '{unknown[0]}'; known: {', '.join(ENCODERS)}")
+    if args.show:
+        show(names, args.weights, sample_frames(args.data), args.show)
+    else:
+        print_table(names, args.batch_size)
 
 
 if __name__ == "__main__":

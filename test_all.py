@@ -1,6 +1,8 @@
 """Every claim of the components, in minutes, on a CPU:  python -m pytest -q test_all.py"""
 
+import copy
 import errno
+import io
 import json
 import os
 import pickle
@@ -9,12 +11,16 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 import cem
@@ -25,6 +31,7 @@ import predictor
 import train
 import vae_mdnrnn as wm
 from data import UserError
+from vae_mdnrnn import to_tensor
 
 HERE = Path(__file__).parent
 TINY = ["--epochs", "2", "--depth", "1", "--heads", "2", "--mlp-dim", "16"]
@@ -666,75 +673,447 @@ def test_a_missing_package_is_named(name, module, monkeypatch):
 # -- encoders.py --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", encoders.ENCODERS)
+SHAPES = {
+    "pca": (1, 32), "vae": (1, 32), "vae_map": (16, 16), "patches": (16, 64), "dinov2": (196, 384),
+    "dinov2_imagenet": (196, 384), "dino_cls": (1, 384), "dinov3": (196, 384), "vjepa2-tiny": (256, 48),
+    "resnet18": (1, 512), "resnet18_map": (49, 512), "r3m": (1, 512), "dino_tok": (196, 64),
+    "dino_tok_vq": (196, 64), "vfm_vae": (196, 32),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def tiny_vjepa2(monkeypatch):
+    """A V-JEPA 2 of the same family that fits into a test: the size `tiny`."""
+    tiny = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=2)
+    monkeypatch.setitem(encoders.VJEPA2_SIZES, "tiny", tiny)
+
+
+@pytest.fixture
+def frames():
+    """Frames with something to see: a square that moves over a gradient."""
+    y, x = np.mgrid[:64, :64]
+    frames = np.repeat(np.stack([x * 2, y * 2, x + y], -1)[None].astype(np.uint8), 24, axis=0)
+    for i, frame in enumerate(frames):
+        frame[8 * (i // 6) : 8 * (i // 6) + 16, 8 * (i % 6) : 8 * (i % 6) + 16] = (250, 20, 20)
+    return frames
+
+
+def randomised(model):
+    """Every tensor of a state dict nonzero and unlike the others: what is dropped or swapped shows."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, tensor in model.state_dict().items():
+        state[name] = tensor
+        if tensor.is_floating_point():
+            noise = torch.rand(tensor.shape, generator=generator)
+            state[name] = tensor + 0.05 * noise if tensor.dim() == 1 else 0.06 * (noise - 0.5)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def seen(images, size, mean=encoders.IMAGENET["mean"], std=encoders.IMAGENET["std"]):
+    images = F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+    return (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
+# -- one interface -------------------------------------------------------------------------------------------
+
+
+def test_every_encoder_is_tested():
+    assert {name.partition("-")[0] for name in SHAPES} == set(encoders.ENCODERS)
+
+
+@pytest.mark.parametrize("name", SHAPES)
 def test_encoders_are_frozen_and_do_not_mix_the_batch(name):
-    encoder = encoders.build_encoder(name, weights="random").train()
-    assert not encoder.training and not any(m.training for m in encoder.modules())
+    encoder = encoders.build_encoder(name, weights="random")
+    for buffer in ("axes", "codebooks"):  # as if fitted
+        if hasattr(encoder, buffer):
+            getattr(encoder, buffer).normal_()
+    before = copy.deepcopy(encoder.state_dict())
+    encoder.train()
+    assert encoder.name == name and not any(m.training for m in encoder.modules())
     assert not any(p.requires_grad for p in encoder.parameters())
-    images = torch.rand(3, 3, 80, 80, requires_grad=True)
+    images = torch.rand(2, 3, 80, 80, requires_grad=True)
     tokens = encoder(images)
-    assert tokens.shape == (3, encoder.num_patches, encoder.dim) and not tokens.requires_grad
-    torch.testing.assert_close(tokens[1:2], encoder(images[1:2]), atol=1e-4, rtol=1e-4)
-    expected = {"pca": (1, 32), "vae": (1, 32), "dinov2": (196, 384), "dino_cls": (1, 384), "dinov3": (196, 384)}
-    assert tokens.shape[1:] == expected[name]
+    assert tokens.shape == (2, encoder.num_patches, encoder.dim) == (2, *SHAPES[name])
+    assert not tokens.requires_grad and tokens.isfinite().all() and tokens.std() > 0
+    alone = encoder(images[1:2])
+    torch.testing.assert_close(tokens[1:2], alone, atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(before[k], v) for k, v in encoder.state_dict().items())  # batch-norm statistics included
+    again = encoders.build_encoder(encoder.name, encoder.img_size, weights="random")  # as a checkpoint is loaded
+    again.load_state_dict(encoder.state_dict())
+    assert (again.num_patches, again.dim) == (encoder.num_patches, encoder.dim)
+
+
+# -- released formats, random weights: our tokens are the library's ------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand(1, 3, 230, 230, generator=torch.Generator().manual_seed(1))
+
+
+def original_names(timm_state, register="storage_tokens"):
+    """timm's names of a DINOv2 or DINOv3 -> the original repository's."""
+    state = {}
+    for key, value in timm_state.items():
+        if key.endswith("attn.v_bias"):
+            continue
+        if key.endswith("attn.q_bias"):
+            v = timm_state[key.replace("q_bias", "v_bias")]
+            value, key = torch.cat([value, torch.full_like(v, 9.0), v]), key.replace("q_bias", "qkv.bias")
+            state[key + "_mask"] = torch.cat([torch.ones_like(v), torch.zeros_like(v), torch.ones_like(v)])
+        key = key.replace("reg_token", register)
+        key = key.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma")
+        state[key] = value
+    return state
+
+
+def test_dinov2_in_timms_and_the_original_format(images, tmp_path):
+    released = randomised(
+        timm.create_model(encoders.DINOV2.format("small"), num_classes=0)
+    )  # 518 px: 37 x 37 positions
+    save_file(released.state_dict(), tmp_path / "model.safetensors")
+    torch.save(original_names(released.state_dict()) | {"mask_token": torch.ones(1, 384)}, tmp_path / "dinov2.pth")
+    # its own interpolation of the positions to 14 x 14 (dinov2/models/vision_transformer.py)
+    grid = released.pos_embed[:, 1:].reshape(1, 37, 37, 384).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, scale_factor=(14.1 / 37, 14.1 / 37), mode="bicubic", antialias=False)
+    positions = torch.cat([released.pos_embed[:, :1], grid.permute(0, 2, 3, 1).reshape(1, 196, 384)], 1)
+    small = timm.create_model(encoders.DINOV2.format("small"), num_classes=0, img_size=196).eval()
+    small.load_state_dict(released.state_dict() | {"pos_embed": positions.detach()})
+    with torch.no_grad():
+        dino_wm = small.forward_features(seen(images, 196, (0.5,) * 3, (0.5,) * 3))
+        dinov2 = small.forward_features(seen(images, 196))
+    for name, file, expected in (
+        ("dinov2", "model.safetensors", dino_wm[:, 1:]),
+        ("dino_cls", "", dino_wm[:, :1]),  # the folder
+        ("dinov2_imagenet", "dinov2.pth", dinov2[:, 1:]),
+    ):
+        close(encoders.build_encoder(name, weights=str(tmp_path / file))(images), expected)
+
+
+def test_dinov2_in_transformers_format(images, tmp_path):
+    from transformers import Dinov2Config, Dinov2Model
+
+    released = randomised(Dinov2Model(Dinov2Config(image_size=196, hidden_size=384, num_attention_heads=6)))
+    released.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = released(seen(images, 196)).last_hidden_state[:, 1:]
+    close(encoders.build_encoder("dinov2_imagenet", weights=tmp_path)(images), expected)
+
+
+def test_dinov3_in_all_its_formats(images, tmp_path):
+    from transformers import DINOv3ViTConfig, DINOv3ViTModel
+
+    def half_loads(path):
+        with pytest.raises(UserError, match="1 missing, e.g. blocks.3.attn|2 missing, e.g. blocks.3.attn.q_bias"):
+            encoders.load_weights(released_timm, path, None, partial(encoders.vit_names, released_timm))
+
+    model = encoders.DINOV3.format("small")
+    released = released_timm = timm.create_model(model.replace("dinov3.", "dinov3_qkvb."), num_classes=0, img_size=224)
+    randomised(released)
+    with torch.no_grad():
+        expected = released.forward_features(seen(images, 224))[:, 5:]  # class token, four registers
+    state = original_names(released.state_dict())
+    state |= {"mask_token": torch.ones(1, 384), "rope_embed.periods": torch.ones(16)}
+    torch.save(state, tmp_path / "dinov3.pth")
+    close(encoders.build_encoder("dinov3", weights=tmp_path / "dinov3.pth")(images), expected)
+
+    for lost in ("blocks.3.attn.qkv.bias", "blocks.3.attn.qkv.weight"):
+        torch.save({k: v for k, v in state.items() if k != lost}, tmp_path / "half.pth")
+        half_loads(tmp_path / "half.pth")
+
+    no_bias = randomised(timm.create_model(model, num_classes=0, img_size=224))  # timm's own: without q, k, v biases
+    save_file(no_bias.state_dict(), tmp_path / "timm.safetensors")
+    with torch.no_grad():
+        expected = no_bias.forward_features(seen(images, 224))[:, 5:]
+    close(encoders.build_encoder("dinov3", weights=tmp_path / "timm.safetensors")(images), expected)
+
+    config = DINOv3ViTConfig(num_register_tokens=4, hidden_size=384, num_attention_heads=6, intermediate_size=1536)
+    released = randomised(DINOv3ViTModel(config))
+    released.save_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        expected = released(seen(images, 224)).last_hidden_state[:, 5:]
+    close(encoders.build_encoder("dinov3", weights=tmp_path / "hf")(images), expected)
+    state = load_file(tmp_path / "hf" / "model.safetensors")
+    for lost in ("k_proj.weight", "q_proj.bias", "o_proj.bias"):
+        save_file({k: v for k, v in state.items() if k != f"layer.3.attention.{lost}"}, tmp_path / "half.safetensors")
+        half_loads(tmp_path / "half.safetensors")
+
+
+def test_vjepa2_in_both_formats(images, tmp_path):
+    from transformers import VJEPA2Config, VJEPA2Model
+
+    released = randomised(VJEPA2Model(VJEPA2Config(pred_num_hidden_layers=2, **encoders.VJEPA2_SIZES["tiny"])))
+    released.save_pretrained(tmp_path / "hf")
+    clip = seen(images, 256)[:, None].repeat(1, 2, 1, 1, 1)
+    with torch.no_grad():
+        expected = F.layer_norm(released.get_vision_features(clip), (48,))
+    close(encoders.build_encoder("vjepa2-tiny", weights=tmp_path / "hf")(images), expected)
+
+    state = {}
+    for key, value in released.encoder.state_dict().items():
+        if ".query." in key:
+            parts = [released.encoder.state_dict()[key.replace("query", k)] for k in ("query", "key", "value")]
+            key, value = key.replace("query", "qkv"), torch.cat(parts)
+        elif ".key." in key or ".value." in key:
+            continue
+        for old, new in (("embeddings.patch_embeddings.", "patch_embed."), ("layer.", "blocks."),
+                         ("attention.", "attn."), ("layernorm.", "norm.")):  # fmt: skip
+            key = new + key[len(old) :] if key.startswith(old) else key.replace("." + old, "." + new)
+        state["module.backbone." + key] = value
+    state["module.backbone.pos_embed"] = torch.ones(1, 8192, 48)
+    torch.save({"encoder": state, "predictor": {}, "epoch": 1, "lr": 1e-4}, tmp_path / "vitt.pt")
+    assert "module.backbone.blocks.1.attn.qkv.bias" in state and "module.backbone.patch_embed.proj.weight" in state
+    close(encoders.build_encoder("vjepa2-tiny", weights=tmp_path / "vitt.pt")(images), expected)
+
+
+def test_resnets_and_r3m(images, tmp_path):
+    from torchvision.models import resnet18
+
+    net = resnet18()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.2, 0.2), module.running_var.uniform_(0.5, 2), module.weight.data.uniform_()
+    net.eval()
+    without_counters = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
+    torch.save(without_counters, tmp_path / "resnet18.pth")  # as torchvision's own file
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
+    r3m = {f"module.convnet.{k}": v for k, v in net.state_dict().items() if not k.startswith("fc.")}
+    r3m["module.lang_rew.pred.0.weight"] = torch.ones(2, 2)
+    torch.save({"r3m": r3m, "global_step": 7}, tmp_path / "model.pt")
+    net.fc = torch.nn.Identity()
+    with torch.no_grad():
+        pooled = net(seen(images, 224))[:, None]
+    for name, file in (("resnet18", "resnet18.pth"), ("resnet18", "model.safetensors"), ("r3m", "model.pt")):
+        close(encoders.build_encoder(name, weights=tmp_path / file)(images), pooled)
+    tokens = encoders.build_encoder("resnet18_map", weights=tmp_path / "resnet18.pth")(images)
+    close(tokens.mean(1, keepdim=True), pooled)
+    net.avgpool = torch.nn.Identity()
+    with torch.no_grad():
+        close(tokens, net(seen(images, 224)).view(1, 512, 49).mT)
+
+
+# -- tokenizers and controls ----------------------------------------------------------------------------------
+
+
+def test_layers_are_the_backbones_own(images):
+    encoder = encoders.build_encoder("dinov2_imagenet", weights="random")
+    first, last = encoder.layers(images, (4, -1))
+    close(last, encoder(images))
+    vit = encoder.vit
+    expected = vit.forward_intermediates(seen(images, 196), indices=[3], output_fmt="NLC", intermediates_only=True)
+    close(first, expected[0].detach())
+
+
+@pytest.mark.parametrize("name", ["dino_tok", "dino_tok_vq"])
+def test_dino_tok_is_a_pca_of_each_branch(name, frames, monkeypatch):
+    encoder = encoders.build_encoder(name, 98, weights="random")  # 49 tokens
+    if name == "dino_tok_vq":
+        encoder.codebooks = torch.zeros(2, 16, 32)
+    frames = frames[::3]
+    encoder.fit(frames)
+    images = to_tensor(frames)
+    tokens = encoder(images)
+    f = encoder.branches(images).double()
+    parts = []
+    for branch in f:  # by the singular values
+        u, s, _ = torch.linalg.svd(branch - branch.mean(0), full_matrices=False)
+        z = (u * s)[:, :32]
+        parts.append(z / z.square().mean().sqrt())
+    if name == "dino_tok":
+        torch.testing.assert_close(tokens.flatten(0, 1).abs(), torch.cat(parts, 1).abs().float(), atol=5e-3, rtol=5e-3)
+    else:
+        halves = tokens.flatten(0, 1).split(32, 1)
+        for half, codebook in zip(halves, encoder.codebooks, strict=True):
+            assert (
+                torch.cdist(half, codebook, compute_mode="donot_use_mm_for_euclid_dist").min(1).values.max() < 1e-5
+            )  # every token is a centre
+            assert len(half.unique(dim=0)) > 8  # and most centres are in use
+        twin = encoders.build_encoder(name, 98, weights="random")
+        twin.codebooks = torch.zeros(2, 16, 32)
+        twin.backbone.load_state_dict(encoder.backbone.state_dict())
+        assert torch.equal(twin.fit(frames)(images), tokens)  # one seed, one result
+
+
+def test_kmeans_finds_the_clusters():
+    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    x = torch.cat([c + torch.randn(50, 2) for c in centres])
+    found = encoders.kmeans(x, 12, torch.Generator().manual_seed(0))
+    assert torch.cdist(x, found).min(1).values.max() < 3
+
+
+def test_vfm_vae_learns_to_reconstruct(frames):
+    encoder = encoders.build_encoder("vfm_vae", 56, weights="random")  # 4 x 4 tokens
+    backbone = copy.deepcopy(encoder.backbone.state_dict())
+    torch.manual_seed(0)
+    images = encoder.resize(to_tensor(frames))
+    pictures = encoder.decoder(torch.zeros(1, 32, 4, 4))
+    assert [p.shape[-1] for p in pictures] == [4, 8, 16, 32]
+    with torch.no_grad():
+        before = encoder.loss(images)["recon"]
+    encoder.fit(frames, steps=20, batch_size=4)
+    with torch.no_grad():
+        assert encoder.loss(images)["recon"] < 0.7 * before
+    assert not any(p.requires_grad for p in encoder.parameters())
+    assert all(torch.equal(backbone[k], v) for k, v in encoder.backbone.state_dict().items())
+    tokens = encoder(images)
+    assert tokens.shape == (24, 16, 32) and tokens.mean().abs() < 0.1 and 0.3 < tokens.std() < 1.2
+
+
+def test_the_spatial_v_learns_and_keeps_its_places(frames):
+    encoder = encoders.build_encoder("vae_map")
+    mu, logvar = encoder.vae.encode(torch.rand(2, 3, 64, 64))
+    assert mu.shape == logvar.shape == (2, 256) and encoder.vae.decode(mu).shape == (2, 3, 64, 64)
+    encoder.fit(frames, steps=4)
+    tokens = encoder(to_tensor(frames))
+    change = (tokens - tokens.mean(0)).square().sum(2)  # (24, 16)
+    assert tokens.shape == (24, 16, 16) and change[0, 0] > change[0, 15]  # the square is top left in the first frame
+
+
+def test_patches_project_each_patch_by_itself():
+    encoder = encoders.build_encoder("patches")
+    images = torch.rand(2, 3, 64, 64)
+    patch = images[1, :, 16:32, 48:64].flatten()  # second row, last column
+    close(encoder(images)[1, 7], (2 * patch - 1) @ encoder.projection)
+    assert torch.equal(encoder.projection, encoders.build_encoder("patches").projection)
+
+
+def test_a_world_model_is_saved_and_loaded_with_a_sized_and_a_fitted_encoder(tmp_path, images):
+    import predictor
+
+    stats = (torch.zeros(2), torch.ones(2)), (torch.zeros(4), torch.ones(4))
+    for name in ("vjepa2-tiny", "vae_map"):
+        encoder = encoders.build_encoder(name, weights="random")
+        model = predictor.WorldModel(encoder, *stats, depth=1, heads=1, mlp_dim=8)
+        model.save(tmp_path)
+        loaded = predictor.WorldModel.load(tmp_path)
+        assert loaded.encoder.name == name and torch.equal(loaded.encoder(images), encoder(images))
+
+
+# -- what wrong input gets -------------------------------------------------------------------------------------
+
+
+def refused(match, *args, **kwargs):
+    with pytest.raises(UserError, match=match) as error:
+        encoders.build_encoder(*args, **kwargs)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    vit, net = encoders.build_encoder("dinov2", weights="random").vit, timm.create_model("resnet18", num_classes=0)
+    before = copy.deepcopy(vit.state_dict())
+
+    def refused(match, content=None, model=vit, rename=None, weights=tmp_path / "x.pth"):
+        if content is not None:
+            torch.save(content, tmp_path / "x.pth")
+        with pytest.raises(UserError, match=match) as error:
+            encoders.load_weights(model, weights, "timm/x", rename or partial(encoders.vit_names, vit))
+        assert "\n" not in str(error.value)
+
+    state = vit.state_dict()
+    refused("another architecture: keys .* missing, .* unknown", net.state_dict())
+    refused("another architecture", state, net, encoders.resnet_names)
+    refused("another architecture", state, net, encoders.vjepa2_names)
+    refused("does not hold the weights", {"encoder": torch.zeros(3)}, net, encoders.vjepa2_names)
+    refused(
+        "1 missing, e.g. blocks.3.attn.qkv.weight$", {k: v for k, v in state.items() if k != "blocks.3.attn.qkv.weight"}
+    )
+    refused("1 unknown, e.g. register_tokens$", state | {"register_tokens": torch.zeros(1, 4, 384)})
+    refused("1 of another shape, e.g. norm.bias$", state | {"norm.bias": torch.zeros(5)})
+    refused("another shape, e.g. blocks.0.attn.qkv.weight$", state | {"blocks.0.attn.qkv.weight": "not a tensor"})
+    refused("does not hold the weights", state | {"pos_embed": "not a tensor"})
+    refused("damaged, or no file of tensors", ["a", "list"])
+    refused("damaged, or no file of tensors", torch.zeros(3))
+    (tmp_path / "x.pth").write_bytes((tmp_path / "x.pth").read_bytes()[:100])
+    refused("damaged")
+    refused("no model.safetensors in the folder", weights=tmp_path)
+    refused("no weights at missing.pth", weights="missing.pth")
+    refused("no weights at some/where/x.pth", weights="some/where/x.pth")
+    assert all(torch.equal(v, before[k]) for k, v in vit.state_dict().items())  # nothing was half loaded
+
+
+def test_names_and_sizes_that_are_not_there():
+    refused("unknown encoder 'dino'; known: pca", "dino")
+    refused("has no size 'huge', but small, base, large", "dinov3-huge")
+    refused("has no size 'base', but one alone", "pca-base")
+    refused("200 is not a multiple of its patch size 14", "dinov2", 200)
+    refused("200 is not a multiple of its patch size 16", "vjepa2-tiny", 200, "random")
+    refused("200 is not a multiple of its patch size 14", "vfm_vae", 200, "random")
+    refused("100 is not a multiple of its patch size 32", "resnet18_map", 100, "random")
+    refused("60 is not a multiple of its patch size 16", "patches", 60)
+    refused("takes no --weights", "patches", weights="x.pth")
+    refused("R3M's weights .* --weights", "r3m")
+    assert encoders.build_encoder("dinov3-base", weights="random").dim == 768
+
+
+@pytest.mark.parametrize("code, match", [(None, "are not here, and no network.*--weights PATH"), (403, "is gated"),
+                                         (401, "is gated"), (404, "answers 404")])  # fmt: skip
+def test_weights_out_of_reach(code, match, monkeypatch, tmp_path):
+    import huggingface_hub as hub
+
+    def urlopen(*_, **__):
+        raise OSError("no route") if code is None else urllib.error.HTTPError("", code, "", {}, io.BytesIO())
+
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(encoders.urllib.request, "urlopen", urlopen)
+    refused(f"timm/vit_small_patch14_dinov2.lvd142m.*{match}", "dinov2")
+    refused(f"someone/dinov3.*{match}", "dinov3", weights="someone/dinov3")
+    refused(f"facebook/vjepa2-vitt-fpc64-256.*{match}", "vjepa2-tiny")
+
+
+def test_a_hugging_face_repository_is_a_value_of_weights(monkeypatch, tmp_path):
+    state = encoders.build_encoder("dinov2", weights="random").vit.state_dict()
+    save_file(state, tmp_path / "model.safetensors")
+    asked = []
+
+    def download(repository):
+        asked.append(repository)
+        return tmp_path / "model.safetensors"
+
+    monkeypatch.setattr(encoders, "download", download)
+    assert torch.equal(encoders.build_encoder("dinov2").vit.norm.bias, state["norm.bias"])
+    encoders.build_encoder("dino_tok", weights="me/mine")
+    assert asked == ["timm/vit_small_patch14_dinov2.lvd142m", "me/mine"]
+
+
+# -- the table and the picture ---------------------------------------------------------------------------------
+
+
+def test_the_table_and_the_picture(monkeypatch, tmp_path, capsys):
+    from PIL import Image
+
+    run = lambda *args: (monkeypatch.setattr(sys, "argv", ["encoders.py", *args]), encoders.main())  # noqa: E731
+    monkeypatch.setattr(encoders.time, "perf_counter", iter(range(99)).__next__)  # a second has passed at each look
+    run("--encoders", "patches,resnet18", "--batch-size", "1")
+    table = capsys.readouterr().out.splitlines()
+    assert table[1].split()[:4] == ["patches", "64", "16", "64"] and "BSD-3-Clause" in table[2]
+    with pytest.raises(UserError, match="unknown encoder 'x'"):
+        run("--encoders", "patches,x")
+    monkeypatch.setattr(
+        encoders, "sample_frames", lambda _: np.random.default_rng(0).integers(0, 255, (60, 64, 64, 3), np.uint8)
+    )
+    run("--encoders", "pca,patches,r3m", "--show", str(tmp_path))
+    assert "left out: " in capsys.readouterr().out  # r3m without weights: never random by itself
+    assert Image.open(tmp_path / "tokens.png").size[1] == 450  # three rows
+    tokens = torch.rand(3, 4, 5)
+    colours = encoders.principal_colours(tokens)
+    assert colours.shape == (3, 2, 2, 3) and colours.min() == 0 and colours.max() == 1
 
 
 def test_pca_is_numpys_svd(dataset):
     frames = dataset.frames[:120]
     encoder = encoders.PCAEncoder(dim=8).fit(frames)
-    y = encoder.filtered(wm.to_tensor(frames)).double().numpy()
+    y = encoder.filtered(to_tensor(frames)).double().numpy()
     u, s, _ = np.linalg.svd(y - y.mean(0), full_matrices=False)
     std = s / np.sqrt(len(y) - 1)
     expected = (u * s / (std + encoder.damping * std[0]))[:, :8]
-    tokens = encoder(wm.to_tensor(frames))[:, 0].numpy()
+    tokens = encoder(to_tensor(frames))[:, 0].numpy()
     np.testing.assert_allclose(np.abs(tokens), np.abs(expected), atol=2e-3)
-
-
-@pytest.mark.parametrize("name", ["dinov2", "dino_cls", "dinov3"])
-def test_local_weights_give_timms_tokens(name, tmp_path):
-    import timm
-    from safetensors.torch import save_file
-
-    model, size = (encoders.DINOV3, 224) if name == "dinov3" else (encoders.DINOV2, 518)
-    released = timm.create_model(model, img_size=size, num_classes=0).eval()
-    save_file(released.state_dict(), tmp_path / "model.safetensors")
-    torch.save(released.state_dict(), tmp_path / "model.pth")
-    images = torch.rand(2, 3, size, size)
-    mean, std = (0.5, 0.5) if name != "dinov3" else [torch.tensor(v).view(3, 1, 1) for v in encoders.IMAGENET.values()]
-    with torch.no_grad():
-        features = released.forward_features((images - mean) / std)
-    expected = features[:, :1] if name == "dino_cls" else features[:, released.num_prefix_tokens :]
-    for file in ("model.safetensors", "model.pth"):
-        encoder = encoders.build_encoder(name, size, tmp_path / file)
-        torch.testing.assert_close(encoder(images), expected, atol=1e-5, rtol=1e-5)
-    own_size = encoders.build_encoder(name, None, tmp_path / "model.pth")  # positions resampled to 196 px
-    assert own_size(images).shape[1:] == (1 if name == "dino_cls" else 196, 384)
-
-
-def test_weights_that_do_not_fit_are_named(tmp_path, monkeypatch):
-    other = encoders.build_encoder("dinov3", weights="random").vit.state_dict()
-    torch.save(other, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="another architecture|does not hold"):
-        encoders.build_encoder("dinov2", weights=tmp_path / "other.pth")
-    own = encoders.build_encoder("dinov2", weights="random").vit.state_dict()
-    del own["blocks.3.attn.qkv.weight"]
-    torch.save(own, tmp_path / "half.pth")
-    with pytest.raises(UserError, match="1 missing, e.g. blocks.3.attn.qkv.weight"):
-        encoders.build_encoder("dinov2", weights=tmp_path / "half.pth")
-    (tmp_path / "cut.pth").write_bytes((tmp_path / "half.pth").read_bytes()[:1000])
-    with pytest.raises(UserError, match="damaged"):
-        encoders.build_encoder("dinov2", weights=tmp_path / "cut.pth")
-    with pytest.raises(UserError, match="not a multiple of its patch size 14"):
-        encoders.build_encoder("dinov2", 200)
-
-
-def test_no_network_is_one_line(monkeypatch, tmp_path):
-    import huggingface_hub as hub
-
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(hub, "hf_hub_url", lambda *_: "http://localhost:9/model.safetensors")
-    with pytest.raises(UserError, match="timm/nowhere/model.safetensors are not here, and no network.*--weights PATH"):
-        encoders.download("timm/nowhere")
 
 
 # -- predictor.py -------------------------------------------------------------------------------------------
@@ -831,14 +1210,11 @@ def test_checkpoint_round_trip_and_refusals(tmp_path):
     assert not (tmp_path / "pwned").exists()
 
 
-class TinyEyes(encoders.FrozenEncoder):
+def tiny_eyes(num_patches, dim):
     """Stands in for an encoder of N tokens of d numbers."""
-
-    img_size = 8
-
-    def __init__(self, num_patches, dim, name="tiny"):
-        super().__init__()
-        self.name, self.num_patches, self.dim = name, num_patches, dim
+    eyes = encoders.FrozenEncoder("tiny", 8, dim)
+    eyes.num_patches = num_patches
+    return eyes
 
 
 SIZES = {
@@ -851,7 +1227,7 @@ SIZES = {
 def tiny_transition(name, num_patches=1, dim=6, num_hist=3, state=False, **sizes):
     """A world model of this transition, and a batch of 7 frames."""
     torch.manual_seed(0)
-    eyes = predictor.StateEncoder() if state else TinyEyes(num_patches, dim)
+    eyes = predictor.StateEncoder() if state else tiny_eyes(num_patches, dim)
     stats = (torch.tensor([0.1, -0.1]), torch.tensor([0.5, 0.6])), (torch.zeros(4), torch.full((4,), 2.0))
     model = predictor.WorldModel(eyes, *stats, num_hist, predictor=name, **(SIZES[name] | sizes))
     batch = {"visual": torch.randn(5, 7, num_patches, dim), "proprio": torch.randn(5, 7, 4)}

@@ -57,8 +57,12 @@ def get_args():
     add("--img-size", type=positive, default=64, help="side of the frames in the data set, in pixels")
     add("--encoder", default="pca", help="what turns a frame into tokens; python encoders.py lists them. "
         "state: no frames, the true state")  # fmt: skip
+    add("--encoder-size", help="of its backbone: small, base, large, huge, giant, as far as it has them")
     add("--encoder-img-size", type=positive, help="side that the encoder resizes frames to (default: its own)")
-    add("--weights", help="the encoder's weights: a local file, or 'random' (default: the pretrained ones)")
+    add(
+        "--weights",
+        help="the encoder's: a file, a folder, a Hugging Face repository, or 'random' (default: pretrained)",
+    )
     add("--frameskip", type=positive, default=5, help="environment steps per model step")
     add("--num-hist", type=positive, default=3, help="frames that the transition model sees")
     add(
@@ -83,6 +87,8 @@ def get_args():
     add("--overwrite", action="store_true", help="start anew although runs/NAME is there")
     add("--device", type=available_device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    if args.encoder_size:
+        args.encoder += f"-{args.encoder_size}"
     args.name = args.name or f"{args.env}_{args.encoder}" + f"_{args.predictor}" * (args.predictor != "vit")
     args.rollout_steps = args.rollout_steps or PREDICTORS[args.predictor].rollout_steps
     for option in ("lr", "dropout"):
