@@ -58,7 +58,7 @@ RECIPES = {
     "takecover": dict(
         action_dim=1, z_dim=64, hidden=512, cell=True, bias=False, restart=True, heads="done", squash="tanh",
         policy="hold", max_steps=2100, episodes=800, v_steps=5000, m_steps=4000, where="dream", tau=[1.15],
-        beta=0.1, popsize=64, trials=8, generations=30, score_trials=100,
+        beta=0.1, popsize=64, trials=8, generations=25, score_trials=100,
     ),
     "carracing": dict(
         action_dim=3, z_dim=32, hidden=256, cell=False, bias=True, restart=False, heads="reward", squash="car",
@@ -374,7 +374,7 @@ class Agent:
 
 class RandomPolicy:
     """ "hold": a uniform action, kept for 1 to 99 steps, log-uniformly (TakeCover; the paper keeps it for 1 to 10, but
-    has sixteen times as many episodes in which to reach the walls); "brownian": a_{t+1} = a_t + sqrt(dt) N(0, 1),
+    has twelve times as many episodes in which to reach the walls); "brownian": a_{t+1} = a_t + sqrt(dt) N(0, 1),
     dt = 1/50, kept within bounds (CarRacing); "uniform": anew each step, the control of `test`."""
 
     def __init__(self, kind, space, rng):
@@ -843,9 +843,7 @@ def draw_scores(log, path):
     for name in ("best", "mean", "worst"):
         plt.plot([row["generation"] for row in log], [row[name] for row in log], label=f"{name} of the population")
     scored = [row for row in log if "score" in row]
-    plt.plot(
-        [r["generation"] for r in scored], [r["score"] for r in scored], "ko-", ms=3, label="the population's mean"
-    )
+    plt.plot([r["generation"] for r in scored], [r["score"] for r in scored], "ko-", ms=3, label="the search's centre")
     plt.xlabel("generation")
     plt.ylabel("return")
     plt.legend(fontsize=7)
