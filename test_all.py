@@ -644,6 +644,11 @@ def test_overwrite_begins_anew_from_that_step(wm_run):
     assert json.loads((wm_run.path / "args.json").read_text())["hidden"] == 5  # the run keeps its flags
 
 
+def test_bench_ends(capsys):
+    wm.bench(wm.parse_args(["bench", "--hidden", "8", "--device", "cpu"]), seconds=0.01)
+    assert capsys.readouterr().out.count("dream steps/s") == 3
+
+
 @pytest.mark.parametrize("name, low", [("takecover", [-1]), ("carracing", [-1, 0, 0])])
 def test_the_papers_environments_repeat_with_their_seed(name, low):
     env = data.make_env(name)

@@ -803,7 +803,7 @@ def all_steps(args):
     return [step(args) for step in (collect, train_v, train_m, train_c, test)][-1]
 
 
-def bench(args):
+def bench(args, seconds=3):
     """Dream steps per second, C included, at the sizes of --env, with weights as they are born."""
     torch.manual_seed(0)
     rnn, controller = make_rnn(args).eval().requires_grad_(False).to(args.device), make_controller(args)
@@ -812,13 +812,13 @@ def bench(args):
     base = None
     for batch in (1, 64, 1024):
         params = 0.1 * torch.randn(batch, controller.num_params, device=args.device)
-        features, steps, start = dream.reset(batch), 0, None
-        while start is None or time.perf_counter() - start < 3:
+        features, steps, start = dream.reset(batch), -3, 0.0  # three to warm up
+        while steps < 0 or time.perf_counter() - start < seconds:
             features, _, done = dream.step(controller(params, features))
             done.any().item()  # waits for the device
             steps += 1
-            if steps == 3:
-                steps, start = 0, time.perf_counter()
+            if steps == 0:
+                start = time.perf_counter()
         rate = batch * steps / (time.perf_counter() - start)
         base = base or rate
         print(f"batch {batch:5}: {rate:9.0f} dream steps/s, {rate / base:6.1f} x batch 1")
