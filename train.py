@@ -7,7 +7,7 @@ model steps are drawn and the transition model learns to predict the next latent
     python train.py --encoder vae                    # the V of World Models instead
     python train.py --encoder dinov2 --img-size 224  # DINO-WM at the paper's size; wants a GPU
     python train.py --encoder dinov3 --weights model.safetensors
-    python train.py --rollout-steps 5                # learns from its own predictions, too
+    python train.py --rollout-steps 5 --name own     # learns from its own predictions, too
     python train.py --predictor rwm --encoder state  # the Robotic World Model on the true state
     python train.py --predictor vjepa2_ac            # V-JEPA 2-AC
 
@@ -59,15 +59,10 @@ def get_args():
         "state: no frames, the true state")  # fmt: skip
     add("--encoder-size", help="of its backbone: small, base, large, huge, giant, as far as it has them")
     add("--encoder-img-size", type=positive, help="side that the encoder resizes frames to (default: its own)")
-    add(
-        "--weights",
-        help="the encoder's: a file, a folder, a Hugging Face repository, or 'random' (default: pretrained)",
-    )
+    add("--weights", help="the encoder's: a file, folder or Hugging Face repository, or 'random' (default: pretrained)")
     add("--frameskip", type=positive, default=5, help="environment steps per model step")
     add("--num-hist", type=positive, default=3, help="frames that the transition model sees")
-    add(
-        "--num-pred", type=int, default=1, choices=(1,), help="model steps ahead that it predicts; 1, as in the release"
-    )
+    add("--num-pred", type=int, default=1, choices=(1,), help="model steps ahead that it predicts; 1, as released")
     add("--predictor", default="vit", choices=PREDICTORS, help="the transition model")
     add("--predictor-weights", metavar="PATH", help="where vjepa2_ac starts from: a released predictor of its size")
     add("--rollout-steps", type=positive, help="frames that it imagines in training, the gradient going through all; "

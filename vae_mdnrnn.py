@@ -19,7 +19,7 @@ What the paper leaves open is as in its code (github.com/hardmaru/WorldModelsExp
     python vae_mdnrnn.py iterate --env pointmaze    # section 5: roll out with C, train M, train C in M; again
     python vae_mdnrnn.py bench                      # dream steps per second
 
-Everything lands in runs/worldmodels_<env>. A step that was killed goes on where it stopped when it is called again,
+Everything lands in runs/worldmodels_<env>. Training that was killed goes on where it stopped when it is called again,
 and a step that is done stays done, unless --overwrite. The run keeps its flags (args.json): give them once.
 """
 
@@ -51,7 +51,7 @@ from data import UserError
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-# The paper's sizes (appendix A), with a budget for each step that suits two CPU cores.
+# The paper's sizes (appendix A). The budgets of takecover are for an hour on two CPU cores; the others are not tuned.
 # heads: what M predicts besides the next z. cell: C sees the LSTM's cell state, too. restart: M is told when an
 # episode begins. squash: how C's outputs become actions.
 RECIPES = {
@@ -671,8 +671,7 @@ def collect(args):
         return print(f"{out}: {len(data.Dataset(out))} episodes are there")
     who, earlier, count, actor = args.policy, iter(()), 0, args
     if args.previous:  # C acts, and what the earlier iterations saw stays
-        actor = argparse.Namespace(**{**vars(args), "run": args.previous})
-        who = load_params(*controllers(actor).values(), actor).numpy()
+        actor, who = previous_iteration(args)
         old = dataset_of(actor)
         spans, count = zip(old.episode_starts, old.episode_ends, strict=True), len(old)
         earlier = ({name: getattr(old, name)[s:e] for name in old.ARRAYS} for s, e in spans)
@@ -683,6 +682,12 @@ def collect(args):
         dataset = data.write_dataset(out, episodes, count + args.episodes, meta)
     returns = np.add.reduceat(dataset.rewards, dataset.episode_starts)
     print(f"{len(dataset)} episodes, {len(dataset.frames)} frames, return {returns.mean():.1f} ± {returns.std():.1f}")
+
+
+def previous_iteration(args):
+    """The flags with the iteration before as their run, and C's weights there (n,)."""
+    args = argparse.Namespace(**{**vars(args), "run": args.previous})
+    return args, load_params(*controllers(args).values(), args).numpy()
 
 
 def begin(model, path, args):
@@ -727,8 +732,7 @@ def train_c(args):
     vae, rnn, controller = load_models(args)
     mean = np.zeros(controller.num_params)
     if args.previous:  # in iterative training C goes on from the iteration before
-        actor = argparse.Namespace(**{**vars(args), "run": args.previous})
-        mean = load_params(*controllers(actor).values(), actor).numpy()
+        _, mean = previous_iteration(args)
 
     def run_evolve(scores, path):
         best = evolve(scores, mean, path, args.popsize, args.trials, args.generations, args.score_trials, args.sigma0,
