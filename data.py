@@ -48,6 +48,7 @@ from PIL import Image
 from tqdm import tqdm
 
 VERSION = 1  # of the format on disk
+SHIFTS = ("colours", "light", "camera", "noise", "distractor")  # other looks of PointMaze, to plan in
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
@@ -136,6 +137,7 @@ class PointMaze(gym.Env):
         self.data = mujoco.MjData(self.model)
         self.free = np.array(env.maze.maze_map) != 1  # (rows, cols), each cell 1 m x 1 m, centred on the origin
         self.img_size, self._renderer, self._rollout = img_size, None, None
+        self.shift, self._chance = None, np.random.default_rng(0)
         self.goal = self.cell_center(*np.argwhere(self.free)[0])
         self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
         self.observation_space = gym.spaces.Dict(
@@ -225,10 +227,35 @@ class PointMaze(gym.Env):
             self._camera = mujoco.MjvCamera()
             self._camera.azimuth, self._camera.elevation, self._camera.distance = 90, -90, 10
             self._camera.orthographic = 1
+            self.dress()
         mujoco.mj_kinematics(self.model, self.data)  # and not mj_forward: looking must not change what happens next
         mujoco.mj_camlight(self.model, self.data)
         self._renderer.update_scene(self.data, self._camera)
-        return self._renderer.render()
+        if self.shift == "distractor":
+            self._add_ball([1, 0, 0, 1])
+        frame = self._renderer.render()
+        if self.shift == "noise":
+            frame = (frame + self._chance.normal(0, 15, frame.shape)).clip(0, 255).astype(np.uint8)
+        return frame
+
+    def dress(self):
+        """Another look of the same world, by `shift`: physics does not notice. In every frame anew: "noise", of 15 grey
+        levels, and "distractor", a second, red ball at a random place."""
+        model, camera = self.model, self._camera
+        if self.shift == "colours":
+            model.geom_rgba[model.geom_type == self.mujoco.mjtGeom.mjGEOM_BOX, :3] = 0.35, 0.6, 0.45  # walls
+            model.mat_rgba[model.geom_matid[0], :3] = 1.0, 0.75, 0.5  # floor
+        elif self.shift == "light":
+            model.vis.headlight.ambient[:], model.vis.headlight.diffuse[:] = 0.25, (0.7, 0.6, 0.4)  # dim and warm
+        elif self.shift == "camera":
+            camera.azimuth, camera.lookat[:2] = 93, (0.1, 0.1)  # turned by 3 degrees, moved by 0.1 m each way
+
+    def _add_ball(self, rgba):
+        scene, position = self._renderer.scene, np.array([*self.sample_state(self._chance)[:2], 0.2])
+        size = np.full(3, self.BALL_RADIUS)
+        sphere, ball = self.mujoco.mjtGeom.mjGEOM_SPHERE, scene.geoms[scene.ngeom]
+        self.mujoco.mjv_initGeom(ball, sphere, size, position, np.eye(3).ravel(), np.array(rgba, np.float32))
+        scene.ngeom += 1
 
     def close(self):
         if self._renderer is not None:
@@ -349,11 +376,16 @@ ENVIRONMENTS = {
 }
 
 
-def make_env(name, img_size=64):
-    """The environment called `name`, its observation {"visual": (H, W, 3) uint8, "proprio": (P,) float32}."""
+def make_env(name, img_size=64, shift=None):
+    """The environment called `name`, its observation {"visual": (H, W, 3) uint8, "proprio": (P,) float32}; with a
+    `shift`, one of SHIFTS, in another look."""
     if name not in ENVIRONMENTS:
         raise UserError(f"unknown environment '{name}'; known: {', '.join(ENVIRONMENTS)}")
-    return ENVIRONMENTS[name](img_size)
+    env = ENVIRONMENTS[name](img_size)
+    if shift and not hasattr(env, "shift"):
+        raise UserError(f"{name} has no other looks (--shift)")
+    env.shift = shift
+    return env
 
 
 # ---------------------------------------------------------------------------------------------------------

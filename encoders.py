@@ -5,7 +5,7 @@
     encoder(images (B, 3, h, w) in [0, 1]) -> (B, N, d)   resizes and normalises inside; never trains
 
     learned on our frames      pca  vae  vae_map                     no download
-    nothing learned            patches                               no download
+    scaled to our frames       patches                               no download
     pretrained, as they are    dinov2  dinov2_imagenet  dino_cls  dinov3  vjepa2  resnet18  resnet18_map  r3m
     pretrained, then learned   dino_tok  dino_tok_vq  vfm_vae        on DINOv2, the baseline's own backbone
 
@@ -210,9 +210,10 @@ class VAEEncoder(FrozenEncoder):
 class PatchEncoder(FrozenEncoder):
     """Raw pixels in patches through a fixed random projection: does pretraining matter at all?
 
-        token = P (2 x - 1)        x: a 16x16 patch in [0, 1]; P (d, 768): normal, variance 1/d
+        token = P (x - m) / s        x: a 16x16 patch in [0, 1]; P (d, 768): normal, variance 1/d
+                                     m: its mean over the frames; s, one number, makes the tokens' variance 1
 
-    By Johnson and Lindenstrauss's lemma distances between tokens are, up to chance, those between the patches 2 x - 1.
+    By Johnson and Lindenstrauss's lemma distances between tokens are, up to chance, those between patches.
     """
 
     def __init__(self, img_size=64, dim=64, patch=16):
@@ -220,11 +221,20 @@ class PatchEncoder(FrozenEncoder):
         self.patch = patch
         generator = torch.Generator().manual_seed(0)
         self.register_buffer("projection", torch.randn(3 * patch**2, dim, generator=generator) / dim**0.5)
+        self.register_buffer("mean", torch.zeros(self.num_patches, dim))
+        self.register_buffer("scale", torch.ones(()))
+
+    def fit(self, frames, seed=0):
+        """frames (S, H, W, 3) uint8."""
+        tokens = torch.cat([self(to_tensor(f, self.mean.device)) for f in chunks(frames)])
+        self.mean.copy_(tokens.mean(0))
+        self.scale.copy_((tokens - self.mean).square().mean().sqrt())
+        return self
 
     @torch.no_grad()
     def forward(self, images):
-        patches = F.unfold(2 * self.resize(images) - 1, self.patch, stride=self.patch)  # (B, 768, N)
-        return patches.mT @ self.projection  # (B, N, d)
+        patches = F.unfold(self.resize(images), self.patch, stride=self.patch)  # (B, 768, N)
+        return (patches.mT @ self.projection - self.mean) / self.scale  # (B, N, d)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -32,14 +32,14 @@ import torch
 from tqdm import tqdm
 
 from cem import cem, mpc
-from data import Dataset, UserError, make_env, natural, positive, run_script, write_atomic
+from data import SHIFTS, Dataset, UserError, make_env, natural, positive, run_script, write_atomic
 from predictor import WorldModel, available_device
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def get_args():
+def get_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -47,6 +47,7 @@ def get_args():
     add("--ckpt", nargs="+", help="the run to plan with (default: the newest under runs/)")
     add("--seed", type=natural, nargs="+", default=[99], help="of the problems and of CEM; several are pooled")
     add("--n-evals", type=positive, default=50, help="problems per seed")
+    add("--shift", choices=SHIFTS, help="another look of the world than the one trained on")
     add("--goal-source", choices=("random_state", "dset"), default="random_state",
         help="random start and goal states, or both out of a validation episode, goal_H model steps apart")  # fmt: skip
     add("--data", help="the data set that dset takes its episodes from (default: the one trained on)")
@@ -66,7 +67,7 @@ def get_args():
     add("--n-gifs", type=natural, default=4, help="problems to film")
     add("--name", help="of the result, under plan_outputs/ (default: the run's)")
     add("--device", type=available_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.n_taken_actions = args.n_taken_actions or args.goal_H
     args.baselines = [name for name in args.baselines.split(",") if name]
     if not 2 <= args.topk <= args.num_samples:
@@ -360,7 +361,7 @@ def compare_horizon_error(args, device):
     models = [WorldModel.load(run, device) for run in args.ckpt]
     if len({(model.world["env"], model.world["img_size"], model.frameskip) for model in models}) > 1:
         raise UserError("--horizon-error compares runs of one environment, --img-size and --frameskip")
-    env = make_env(models[0].world["env"], models[0].world["img_size"])
+    env = make_env(models[0].world["env"], models[0].world["img_size"], args.shift)
     curves = horizon_error(env, models, args, device)
     out = Path("plan_outputs") / args.name
     result = {"args": vars(args), "curves": curves}
@@ -417,7 +418,7 @@ def main():
     model = WorldModel.load(args.ckpt, device)
     if args.alpha and not model.proprio_dim:
         raise UserError(f"--alpha weighs proprio, which {args.ckpt} does not have beside its visual latent")
-    env = make_env(model.world["env"], model.world["img_size"])
+    env = make_env(model.world["env"], model.world["img_size"], args.shift)
     dataset = None
     if args.goal_source == "dset":
         dataset = Dataset(args.data or model.world["data"])

@@ -990,7 +990,11 @@ def test_patches_project_each_patch_by_itself():
     encoder = encoders.build_encoder("patches")
     images = torch.rand(2, 3, 64, 64)
     patch = images[1, :, 16:32, 48:64].flatten()  # second row, last column
-    close(encoder(images)[1, 7], (2 * patch - 1) @ encoder.projection)
+    close(encoder(images)[1, 7], patch @ encoder.projection)
+    encoder.fit((images.permute(0, 2, 3, 1) * 255).byte().numpy())
+    tokens = encoder((images * 255).byte() / 255)
+    close(tokens.mean(0), torch.zeros(16, 64))
+    close(tokens.square().mean(), torch.ones(()))
     assert torch.equal(encoder.projection, encoders.build_encoder("patches").projection)
 
 

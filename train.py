@@ -46,7 +46,7 @@ AC = dict(width=128, depth=4, heads=4, mlp_dim=512)
 FIT_FRAMES = 20_000  # of the training episodes, for encoders that learn from frames
 
 
-def get_args():
+def get_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -75,13 +75,14 @@ def get_args():
         "rwm 128; vjepa2_ac 512)")  # fmt: skip
     add("--dropout", type=float, help="of vit (default: 0.1 for patches, else 0)")
     add("--epochs", type=positive, help="passes over the windows (default: 100 for patches, 20 for one token)")
+    add("--steps", type=positive, help="gradient steps in all, instead of --epochs")
     add("--batch-size", type=positive, help="windows per step (default: 32 for patches, 128 for one token)")
     add("--lr", type=float, default=5e-4, help="AdamW's learning rate at its peak")
     add("--seed", type=natural, default=0, help="one seed makes the run repeatable")
     add("--name", help="of the run, under runs/ (default: ENV_ENCODER, and _PREDICTOR if it is not vit)")
     add("--overwrite", action="store_true", help="start anew although runs/NAME is there")
     add("--device", type=available_device, default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.encoder_size:
         args.encoder += f"-{args.encoder_size}"
     args.name = args.name or f"{args.env}_{args.encoder}" + f"_{args.predictor}" * (args.predictor != "vit")
@@ -143,6 +144,19 @@ def token_cache(encoder, dataset, device, batch_size=256):
 
         write_atomic(path, write)
     return np.load(path, mmap_mode="r")
+
+
+class TokensOnDemand:
+    """The token cache's stand-in for a run too short to see every frame: encodes those that are asked for."""
+
+    def __init__(self, encoder, dataset, device):
+        self.encoder, self.dataset, self.device = encoder, dataset, device
+
+    @torch.no_grad()
+    def __getitem__(self, rows):
+        """rows (B, T) -> tokens (B, T, N, d)."""
+        frames = self.dataset.frames[rows]  # (B, T, H, W, 3)
+        return np.stack([self.encoder(to_tensor(clip, self.device)).cpu().numpy() for clip in frames])
 
 
 def batches(windows, tokens, batch_size, device, order):
@@ -242,7 +256,8 @@ def train(args):
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr)
     steps_per_epoch = -(-len(train_windows) // batch_size)
-    total_steps = epochs * steps_per_epoch
+    total_steps = args.steps or epochs * steps_per_epoch
+    epochs = -(-total_steps // steps_per_epoch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, total_steps))
     log = []
     if resumed is not None:
@@ -251,7 +266,13 @@ def train(args):
         schedule.load_state_dict(resumed["schedule"])
         log = resumed["log"]
         print(f"{directory}: going on after epoch {len(log)} of {epochs}")
-    tokens = dataset.states[:, None] if args.encoder == "state" else token_cache(model.encoder, dataset, device)
+    if args.encoder == "state":
+        tokens = dataset.states[:, None]
+    elif total_steps * batch_size * num_frames < len(dataset.frames):
+        tokens = TokensOnDemand(model.encoder, dataset, device)
+        val_windows.starts = val_windows.starts[:: -(-len(val_windows) // batch_size)]  # one batch of them
+    else:
+        tokens = token_cache(model.encoder, dataset, device)
 
     if resumed is None:
         shutil.rmtree(directory, ignore_errors=True)
@@ -260,9 +281,10 @@ def train(args):
     for epoch in range(len(log), epochs):
         torch.manual_seed(args.seed * 100_003 + epoch)  # dropout and order depend on (seed, epoch) alone
         order = torch.randperm(len(train_windows)).numpy()
+        steps = min(steps_per_epoch, total_steps - epoch * steps_per_epoch)
         model.train()
         start, total = time.perf_counter(), torch.zeros((), device=device)
-        for batch in batches(train_windows, tokens, batch_size, device, order):
+        for batch in batches(train_windows, tokens, batch_size, device, order[: steps * batch_size]):
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 loss, _ = model.loss(batch, *rollout)
             optimizer.zero_grad(set_to_none=True)
@@ -273,7 +295,7 @@ def train(args):
             bar.update()
         if not total.isfinite():
             raise UserError(f"the loss is not finite in epoch {epoch + 1}: try a smaller --lr")
-        entry = {"epoch": epoch + 1, "train": total.item() / steps_per_epoch}
+        entry = {"epoch": epoch + 1, "train": total.item() / steps}
         entry |= validate(model, val_windows, tokens, batch_size, device, rollout)
         log.append(entry | {"seconds": round(time.perf_counter() - start, 2)})
         bar.set_postfix_str(f"val {entry['val']:.4f}, copying {entry['copy']:.4f}")
