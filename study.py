@@ -45,12 +45,19 @@ import matplotlib.pyplot as plt
 LAPTOP = "pca,vae,patches"
 
 
+def names(text):
+    return [name for name in text.split(",") if name]
+
+
+def naturals(text):
+    return [natural(number) for number in names(text)]
+
+
 def get_args():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    names = functools.partial(str.split, sep=",")
     add(
         "--encoder",
         type=names,
@@ -58,7 +65,7 @@ def get_args():
         help="which, with commas between; ENCODER@WEIGHTS as train.py --weights",
     )
     add("--env", type=names, default="pointmaze,pointmaze-medium", help="the mazes; shifts are looked at in the first")
-    add("--seeds", type=names, default="0,1,2", help="of fitting, training, problems and CEM")
+    add("--seeds", type=naturals, default="0,1,2", help="of fitting, training, problems and CEM")
     add("--shift", type=names, default=",".join(SHIFTS), help="other looks to plan in; '' for none")
     add("--img-size", type=positive, default=64, help="side of the frames, in pixels")
     add("--episodes", type=positive, default=3000, help="of each maze's data set, if it is not there")
@@ -76,8 +83,6 @@ def get_args():
     add("--device", type=available_device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.workers = args.workers or (1 if args.device == "cuda" else os.cpu_count())
-    args.seeds = [natural(seed) for seed in args.seeds]
-    args.shift = [shift for shift in args.shift if shift]
     if unknown := set(args.shift) - set(SHIFTS):
         raise UserError(f"unknown --shift {', '.join(unknown)}; known: {', '.join(SHIFTS)}")
     return args

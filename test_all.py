@@ -28,6 +28,7 @@ import data
 import encoders
 import plan
 import predictor
+import study
 import train
 import vae_mdnrnn as wm
 from data import UserError
@@ -138,6 +139,22 @@ def test_looking_does_not_change_what_happens():
             env.step(action, render)
         states.append(env.state)
     np.testing.assert_array_equal(*states)
+
+
+@pytest.mark.parametrize("shift", data.SHIFTS)
+def test_another_look_is_seen_and_not_felt(shift):
+    plain, other = data.make_env("pointmaze"), data.make_env("pointmaze", shift=shift)
+    rng, frames = np.random.default_rng(0), []
+    state = plain.sample_state(rng)
+    for env in (plain, other):
+        env.set_state(state)
+        frames.append([env.render().astype(int) for _ in range(2)])
+        for action in np.random.default_rng(1).uniform(-1, 1, (30, 2)):
+            env.step(action)
+    assert (plain.state == other.state).all()
+    difference = np.abs(frames[0][0] - frames[1][0])
+    assert difference.max() > 20 and (frames[0][0] == frames[0][1]).all()
+    assert (frames[1][0] == frames[1][1]).all() == (shift in ("colours", "light", "camera"))  # the others change
 
 
 @pytest.mark.parametrize("maze", ["UMaze", "Large"])
@@ -1578,6 +1595,53 @@ def test_a_killed_training_resumes_bit_for_bit(workplace):
         assert torch.equal(whole[name], killed[name]), name
 
 
+def test_steps_ends_training_early_and_encodes_what_it_needs(workplace, script):
+    code, _, err = script("train", *TINY[2:], "--batch-size", 8, "--steps", 3, "--name", "short")
+    assert code == 0, err
+    assert len((workplace / "runs" / "short" / "log.csv").read_text().splitlines()) == 2
+    assert not list((workplace / "datasets" / "pointmaze").glob("tokens_pca*"))
+    model, dataset = predictor.WorldModel.load("runs/short"), data.Dataset("datasets/pointmaze")
+    rows = np.array([[3, 4, 5], [40, 41, 42]])
+    on_demand = train.TokensOnDemand(model.encoder, dataset, "cpu")[rows]
+    assert on_demand.shape == (2, 3, 1, 32)
+    close(torch.from_numpy(on_demand), torch.from_numpy(train.token_cache(model.encoder, dataset, "cpu")[rows]))
+
+
+def test_the_study_measures_every_run_once(workplace, script):
+    budget = BUDGET[:-2] + ["--steps", 4, "--drift", 2, "--workers", 1, "--env", "pointmaze", "--max-iter", 2]
+    flags = [*budget, "--encoder", "pca", "--seeds", "0,1", "--shift", "colours"]
+    code, out, err = script("study", *flags)
+    assert code == 0, err
+    root = workplace / "runs" / "study"
+    rows = [line for line in (root / "table.md").read_text().splitlines() if line.startswith("| pca |")]
+    assert "1 × 32" in rows[0] and rows[0].count("±") == 6 and rows[1].count("±") == 2
+    assert (root / "study.png").exists() and "| oracle |" in out
+    result = json.loads((root / "pointmaze_pca_1" / "study.json").read_text())
+    assert len(result["success"]) == 2 and list(result["shift"]) == ["colours"] and result["probe"][0] > 0.7
+    assert len(result["drift"]["model"]) == len(result["drift"]["copy"]) == 2
+
+    stamps = {path: path.stat().st_mtime_ns for path in root.glob("*/study.json")}
+    (root / "pointmaze_pca_1" / "study.json").unlink()
+    code, _, err = script("study", *flags)
+    assert (
+        code == 0 and json.loads((root / "pointmaze_pca_1" / "study.json").read_text())["success"] == result["success"]
+    )
+    changed = {path for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp}
+    assert changed == {root / "pointmaze_pca_1" / "study.json"}
+    code, _, err = script("study", *flags, "--steps", 13)
+    assert code == 2 and "was begun with other --steps" in err
+
+
+def test_linear_probe_and_intervals():
+    tokens, weights = np.random.default_rng(0).normal(size=(400, 2, 3)).astype(np.float32), np.arange(12).reshape(6, 2)
+    states = np.column_stack([tokens.reshape(400, 6) @ weights + 5, np.random.default_rng(1).normal(size=400)])
+    read = study.linear_probe(tokens, states, np.arange(300), np.arange(300, 400))
+    assert min(read[:2]) > 0.999 and abs(read[2]) < 0.1
+    mean, half = study.interval([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]])
+    close(torch.tensor(mean), torch.tensor([2.0, 5.0]).double())
+    close(torch.tensor(half), torch.tensor([4.30 / 3**0.5, 0.0]).double())
+
+
 @pytest.mark.parametrize(
     "command, message",
     [
@@ -1627,6 +1691,13 @@ def test_a_killed_training_resumes_bit_for_bit(workplace):
         ("plan --ckpt a --horizon-error 0", "not a positive whole number"),
         ("plan --ckpt a --momentum 1", "--momentum must be at least 0 and below 1"),
         ("plan --ckpt a --maxnorm 0", "and --maxnorm above 0"),
+        ("plan --ckpt a --shift dark", "invalid choice: 'dark'"),
+        ("train --steps 0", "not a positive whole number"),
+        ("study --encoder pca,nowhere", "unknown encoder 'nowhere'; known: pca"),
+        ("study --encoder r3m@missing.pth", "no weights at missing.pth"),
+        ("study --seeds 0,x", "x is not a whole number of at least 0"),
+        ("study --shift dark", "unknown --shift dark; known: colours"),
+        ("study --env nowhere", "unknown environment 'nowhere'"),
     ],
 )
 def test_what_wrong_input_gets(command, message, script, workplace, dataset):
