@@ -58,12 +58,7 @@ def get_args():
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add(
-        "--encoder",
-        type=names,
-        default=LAPTOP,
-        help="which, with commas between; ENCODER@WEIGHTS as train.py --weights",
-    )
+    add("--encoder", type=names, default=LAPTOP, help="which, as ENCODER or ENCODER@WEIGHTS (train.py --weights)")
     add("--env", type=names, default="pointmaze,pointmaze-medium", help="the mazes; shifts are looked at in the first")
     add("--seeds", type=naturals, default="0,1,2", help="of fitting, training, problems and CEM")
     add("--shift", type=names, default=",".join(SHIFTS), help="other looks to plan in; '' for none")
@@ -92,9 +87,9 @@ def get_args():
 # One run: train, plan, measure
 
 
-def flags(args, *names):
-    """The flags `names`, as the scripts that are called take them."""
-    return list(itertools.chain(*((f"--{name.replace('_', '-')}", str(getattr(args, name))) for name in names)))
+def flags(args, *options):
+    """Our own `options`, as the scripts that are called take them."""
+    return [f"--{option.replace('_', '-')}={getattr(args, option)}" for option in options]
 
 
 def run_path(args, env, encoder, seed):
@@ -125,19 +120,22 @@ def success(model, env, problems, settings):
     return plan.solve(worlds, cost, model, settings, device).float().mean(1).tolist()
 
 
-def linear_probe(tokens, states, train_rows, val_rows, ridge=1e-3):
-    """R^2 (P,) on `val_rows` of states (S, P), read linearly off all numbers of a frame's tokens (S, N, d)."""
+def linear_probe(tokens, states, train_rows, val_rows, ridge=1e-4):
+    """R^2 (P,) on `val_rows` of states (S, P), read linearly off all numbers of a frame's tokens (S, N, d).
+
+    Ridge regression in its dual form, X^T (X X^T + lambda I)^-1 Y: a frame may have more numbers than there are rows.
+    """
 
     def features(rows):
         return torch.from_numpy(np.asarray(tokens[rows], np.float32)).flatten(1).double()
 
-    x, y = features(train_rows), torch.from_numpy(states[train_rows]).double()
-    mean, scale, center = x.mean(0), x.std(0) + 1e-6, y.mean(0)
-    x = (x - mean) / scale
-    gram = x.T @ x / len(x) + ridge * torch.eye(x.shape[1], dtype=x.dtype)
-    weights = torch.linalg.solve(gram, x.T @ (y - center) / len(x))
-    truth = torch.from_numpy(states[val_rows]).double()
-    error = (features(val_rows) - mean) / scale @ weights + center - truth
+    x, y, truth = features(train_rows), *(torch.from_numpy(states[rows]).double() for rows in (train_rows, val_rows))
+    mean, center = x.mean(0), y.mean(0)
+    x -= mean
+    gram = x @ x.T
+    gram.diagonal().add_(ridge * gram.trace())
+    weights = x.T @ torch.linalg.solve(gram, y - center)
+    error = (features(val_rows) - mean) @ weights + center - truth
     return (1 - error.square().mean(0) / truth.var(0, unbiased=False)).tolist()
 
 
@@ -163,16 +161,17 @@ def measure(args, env_name, encoder, seed):
     settings.horizon_error, settings.ckpt = args.drift, [str(directory)]
     result["drift"] = plan.horizon_error(env, [model], settings, args.device)[str(directory)]
     dataset = Dataset(model.world["data"])
-    train_rows, val_rows = (dataset.rows(episodes) for episodes in dataset.split())
+    rows = [dataset.rows(episodes) for episodes in dataset.split()]
+    rows = [r[:: -(-len(r) // most)] for r, most in zip(rows, (4000, 1000), strict=True)]
     tokens = train.token_cache(model.encoder, dataset, args.device)
-    result["probe"] = linear_probe(tokens, dataset.states, train_rows[::3], val_rows)
+    result["probe"] = linear_probe(tokens, dataset.states, *rows)
     settings.max_iter = args.max_iter
     result["controls"] = plan.controls(env, *problems, model, settings)
     write_atomic(directory / "study.json", lambda path: path.write_text(json.dumps(result, indent=1)))
 
 
 def run_quietly(args, job):
-    """`measure`, one thread of its own for each worker; what it prints goes to its run's log.txt."""
+    """`measure`, one thread of its own for each worker; what it prints goes to a file beside its folder."""
     if args.device == "cpu":
         torch.set_num_threads(max(1, os.cpu_count() // args.workers))
     with open(f"{run_path(args, *job)}.log", "w") as log:
