@@ -1,10 +1,11 @@
 """The frozen eyes of the world model: an image becomes N tokens of d numbers. One interface, one builder.
 
     encoder = build_encoder(name, img_size, weights)      .name, .num_patches (N), .dim (d), .img_size
-    encoder.fit(frames)                                   for those that learn from our own frames
+    encoder.fit(frames)                                   for those that learn from our own frames, in clips
+                                                          of .clip_frames in a row
     encoder(images (B, 3, h, w) in [0, 1]) -> (B, N, d)   resizes and normalises inside; never trains
 
-    learned on our frames      pca  vae  vae_map                     no download
+    learned on our frames      pca  vae  vae_map  vjepa_tiny         no download
     scaled to our frames       patches                               no download
     pretrained, as they are    dinov2  dinov2_imagenet  dino_cls  dinov3  vjepa2  resnet18  resnet18_map  r3m
     pretrained, then learned   dino_tok  dino_tok_vq  vfm_vae        on DINOv2, the baseline's own backbone
@@ -18,6 +19,7 @@ pixels are normalised by stands beside each name in ENCODERS, at the end.
 """
 
 import argparse
+import copy
 import math
 import re
 import time
@@ -32,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import Dataset, UserError, make_env, positive, run_script, write_atomic
+from data import Dataset, UserError, Windows, make_env, positive, run_script, write_atomic
 from vae_mdnrnn import VAE, fit, sample_z, to_tensor, train_vae
 
 DINOV2, DINOV3 = "vit_{}_patch14_dinov2.lvd142m", "vit_{}_patch16_dinov3.lvd1689m"  # timm's names, but for the size
@@ -44,6 +46,8 @@ DINO_WM = dict(mean=(0.5,) * 3, std=(0.5,) * 3)  # DINO-WM's own choice for DINO
 class FrozenEncoder(nn.Module):
     """What all encoders share: a name, an image size, N tokens of d numbers; no gradient, and eval mode whatever
     `train()` says. N is one, or with a `patch` size one a patch."""
+
+    clip_frames = 1  # how many consecutive frames make a clip, for those whose `fit` learns from motion
 
     def __init__(self, name, img_size, dim, patch=None):
         super().__init__()
@@ -128,6 +132,33 @@ class PCAEncoder(FrozenEncoder):
         return ((self.filtered(images) - self.mean) @ self.axes)[:, None]  # (B, 1, d)
 
 
+class ContrastEncoder(FrozenEncoder):
+    """One that sees x' = 1/2 + gain * L (x - mean frame) L^T, in [0, 1]: what moves, at full contrast, blurred by L."""
+
+    def __init__(self, name, img_size, dim, patch, sigma):
+        super().__init__(name, img_size, dim, patch)
+        if sigma:
+            self.register_buffer("lowpass", gaussian_lowpass(img_size, img_size, sigma))
+        self.sigma = sigma
+        self.register_buffer("background", torch.zeros(3, img_size, img_size))
+        self.register_buffer("gain", torch.ones(()))
+
+    def filtered(self, images):
+        """L x L^T of images (B, 3, h, w) -> (B, 3, img_size, img_size)."""
+        images = self.resize(images)
+        return self.lowpass @ images @ self.lowpass.T if self.sigma else images
+
+    def contrast(self, images):
+        """x' (B, 3, img_size, img_size) of images (B, 3, h, w)."""
+        return (0.5 + self.gain * (self.filtered(images) - self.background)).clamp(0, 1)
+
+    def fit_contrast(self, frames):
+        """The mean frame, and the gain at which the largest difference from it is 1/2."""
+        sample = self.filtered(to_tensor(frames[:: max(1, len(frames) // 4000)], self.gain.device))
+        self.background.copy_(sample.mean(0))
+        self.gain.copy_(0.5 / (sample - self.background).abs().amax())
+
+
 class SpatialVAE(VAE):
     """V without its two linear layers: a 4x4 map of latents instead of one vector, z_dim numbers at each place."""
 
@@ -148,11 +179,11 @@ class SpatialVAE(VAE):
         return self.decoder(z.unflatten(1, (self.z_dim, 4, 4)))
 
 
-class VAEEncoder(FrozenEncoder):
+class VAEEncoder(ContrastEncoder):
     """The V of World Models as an encoder: one token, the posterior mean, normalised as PCA's is; or the 16 tokens of
     its spatial variant.
 
-        x' = 1/2 + gain * L (x - mean frame) L^T        what V sees and reconstructs, in [0, 1]
+        x' = 1/2 + gain * L (x - mean frame) L^T        what V sees and reconstructs, in [0, 1] (`contrast`)
         token_i = (mu_i(x') - m_i) / (s_i + c max s)    m_i, s_i: mean and standard deviation of mu_i
 
     What V lacks on the plain frames, and what is done about it:
@@ -169,22 +200,11 @@ class VAEEncoder(FrozenEncoder):
     def __init__(self, name="vae", img_size=64, spatial=False, sigma=0.1, beta=0.01, damping=0.1):
         if img_size != 64:
             raise UserError(f"--encoder {name} sees 64 px, as the paper's V, not {img_size}")
-        super().__init__(name, img_size, dim=16 if spatial else 32, patch=16 if spatial else None)
+        super().__init__(name, img_size, dim=16 if spatial else 32, patch=16 if spatial else None, sigma=sigma)
         self.vae = SpatialVAE(self.dim) if spatial else VAE(self.dim)
         self.beta, self.damping = beta, damping
-        self.register_buffer("lowpass", gaussian_lowpass(64, 64, sigma))
-        self.register_buffer("background", torch.zeros(3, 64, 64))
-        self.register_buffer("gain", torch.ones(()))
         self.register_buffer("mean", torch.zeros(self.num_patches * self.dim))
         self.register_buffer("scale", torch.ones(self.num_patches * self.dim))
-
-    def filtered(self, images):
-        """L x L^T of images (B, 3, h, w) -> (B, 3, 64, 64)."""
-        return self.lowpass @ self.resize(images) @ self.lowpass.T
-
-    def contrast(self, images):
-        """x' (B, 3, 64, 64) of images (B, 3, h, w)."""
-        return (0.5 + self.gain * (self.filtered(images) - self.background)).clamp(0, 1)
 
     @torch.no_grad()
     def posterior_mean(self, images):
@@ -193,9 +213,7 @@ class VAEEncoder(FrozenEncoder):
     def fit(self, frames, seed=0, steps=2000):
         """frames (S, H, W, 3) uint8."""
         device = self.mean.device
-        sample = self.filtered(to_tensor(frames[:: max(1, len(frames) // 4000)], device))
-        self.background.copy_(sample.mean(0))
-        self.gain.copy_(0.5 / (sample - self.background).abs().amax())
+        self.fit_contrast(frames)
         self.vae.requires_grad_(True)
         train_vae(self.vae, frames, steps, batch_size=32, beta=self.beta, kl_tolerance=0, seed=seed, see=self.contrast)
         self.freeze()
@@ -325,6 +343,196 @@ class ResNetEncoder(FrozenEncoder):
     def forward(self, images):
         tokens = self.net.forward_features(self.normalise(images, **IMAGENET)).flatten(2).mT  # (B, 49, 512)
         return tokens.mean(1, keepdim=True) if self.num_patches == 1 else tokens
+
+
+# ---------------------------------------------------------------------------------------------------------
+# V-JEPA 2's pretraining, on our own clips
+
+
+def rotary_angles(position, head_dim, released=False):
+    """cos and sin (..., L, head_dim) of the angles of positions (..., L, 3) in time, row and column.
+
+    A head's width is cut into three even sections, one for each, and an unrotated rest. With `released` the two numbers
+    of a pair turn by different angles: a slip that V-JEPA 2's weights were trained with.
+    """
+    section = 2 * (head_dim // 3 // 2)
+    omega = 10000.0 ** (-torch.arange(section // 2, device=position.device) / (section / 2))
+    angle = position[..., None] * omega  # (..., L, 3, section / 2)
+    angle = torch.cat([angle, angle], -1) if released else angle.repeat_interleave(2, -1)
+    angle = F.pad(angle.flatten(-2), (0, head_dim - 3 * section))  # (..., L, head_dim)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turns the pairs (0, 1), (2, 3), ... of x (..., L, head_dim)."""
+    turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+    return x * cos + turned * sin
+
+
+class RotaryBlock(nn.Module):
+    """A pre-norm transformer block with rotary positions; its parameters are named as in V-JEPA 2's release."""
+
+    def __init__(self, width, heads, mlp_dim):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, mlp_dim), "fc2": nn.Linear(mlp_dim, width)})
+
+    def forward(self, x, cos, sin, mask=None):
+        qkv = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, head_dim)
+        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, attn_mask=mask)
+        x = x + self.attn["proj"](y.transpose(1, 2).flatten(2))
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+
+
+class RotaryTransformer(nn.Module):
+    """Tokens (B, L, dim) at the places `index` (B, L) of a grid (T, side, side) -> (B, L, dim)."""
+
+    def __init__(self, grid, dim, depth, heads):
+        super().__init__()
+        self.blocks = nn.ModuleList(RotaryBlock(dim, heads, 4 * dim) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        place = torch.cartesian_prod(*(torch.arange(n) for n in grid))  # (T * side^2, 3)
+        for name, table in zip(("cos", "sin"), rotary_angles(place, dim // heads), strict=True):
+            self.register_buffer(name, table, persistent=False)
+
+    def forward(self, x, index):
+        cos, sin = self.cos[index][:, None], self.sin[index][:, None]  # (B, 1, L, head_dim)
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        return self.norm(x)
+
+
+class VideoViT(nn.Module):
+    """Clips (B, T, 3, s, s) -> the tokens (B, L, dim) of their tubelets of 2 x patch x patch pixels, or of those at the
+    places `keep` (B, L') alone, which then know nothing of the others."""
+
+    def __init__(self, grid, patch, dim, depth, heads):
+        super().__init__()
+        self.embed = nn.Conv3d(3, dim, (2, patch, patch), (2, patch, patch))
+        self.transformer = RotaryTransformer(grid, dim, depth, heads)
+
+    def forward(self, clips, keep=None):
+        x = self.embed(clips.transpose(1, 2)).flatten(2).mT  # (B, L, dim)
+        if keep is None:
+            return self.transformer(x, torch.arange(x.shape[1], device=x.device)[None])
+        return self.transformer(x.take_along_dim(keep[..., None], 1), keep)
+
+
+class MaskedPredictor(nn.Module):
+    """Tokens (B, L', dim) of the places `context` (B, L') -> those of the places `target` (B, M), (B, M, dim)."""
+
+    def __init__(self, grid, dim, width, depth, heads):
+        super().__init__()
+        self.embed, self.proj = nn.Linear(dim, width), nn.Linear(width, dim)
+        self.mask_token = nn.Parameter(torch.zeros(width))
+        self.transformer = RotaryTransformer(grid, width, depth, heads)
+
+    def forward(self, tokens, context, target):
+        masked = self.mask_token.expand(*target.shape, -1)  # a place's position comes in with the attention
+        x = torch.cat([self.embed(tokens), masked], 1)
+        return self.proj(self.transformer(x, torch.cat([context, target], 1))[:, -target.shape[1] :])
+
+
+def block_masks(count, grid, blocks, area):
+    """The places that the encoder sees and those to be predicted, (count, L') and (count, M), in clips of a grid of
+    (T, side, side) tokens: hidden is what `blocks` blocks cover, each over `area` of a frame and all of the clip.
+
+    As in the release a batch shares the blocks' shape, and all clips keep as many of either as the one that has least.
+    """
+    T, side, _ = grid
+    row, column = torch.arange(side**2) // side, torch.arange(side**2) % side
+    while True:
+        aspect = torch.empty(()).uniform_(0.75, 1.5)
+        size = (side * (area * torch.stack([aspect, 1 / aspect])).sqrt()).round().clamp(1, side)
+        top, left = (torch.rand(2, count, blocks, 1) * (side - size + 1).view(2, 1, 1, 1)).floor()
+        inside = (row >= top) & (row < top + size[0]) & (column >= left) & (column < left + size[1])
+        hidden = inside.any(1).repeat(1, T)  # (count, T * side^2)
+        seen = int((~hidden).sum(1).min())
+        if seen > 0:
+            break
+    order = (hidden + torch.rand(hidden.shape)).argsort(1)  # what is seen comes first; both in random order
+    return order[:, :seen], order[:, hidden.shape[1] - hidden.sum(1).min() :]
+
+
+@torch.no_grad()
+def follow(average, model, momentum):
+    """The exponential moving average: average <- momentum * average + (1 - momentum) * model."""
+    for a, b in zip(average.parameters(), model.parameters(), strict=True):
+        a.lerp_(b, 1 - momentum)
+
+
+def collapse_measures(tokens):
+    """Of tokens (S, N, d): the mean over d of the standard deviation over the frames, and the effective rank (Roy &
+    Vetterli, 2007), exp(entropy) of the covariance's normalised eigenvalues: between 1 and d."""
+    x = (tokens - tokens.mean(0)).flatten(0, 1).double()
+    share = torch.linalg.eigvalsh(x.T @ x).clamp(min=1e-12)
+    share = share / share.sum()
+    return x.std(0).mean().item(), (-share * share.log()).sum().exp().item()
+
+
+class VJEPATinyEncoder(ContrastEncoder):
+    """V-JEPA 2's pretraining (Assran et al., 2025, arXiv:2506.09985, section 2.1) on our own clips, small.
+
+    L = mean |P(E(x_seen), m) - sg(LN(E'(x)))|        over the hidden places; m: a mask token with their positions
+    E' <- momentum E' + (1 - momentum) E              E, E': video ViTs; P: a smaller transformer
+    token = LN(E'([x', x']))                          as `vjepa2`: a frame twice makes a clip of one tubelet
+    """
+
+    clip_frames = 8
+    MASKS = (8, 0.15), (2, 0.7)  # short-range and long-range: blocks, each over so much of a frame
+
+    def __init__(self, img_size=64, dim=64, patch=16, depth=3, heads=2, sigma=0.06):
+        super().__init__("vjepa_tiny", img_size, dim, patch, sigma)
+        side = img_size // patch
+        self.grid = self.clip_frames // 2, side, side
+        self.vit = VideoViT(self.grid, patch, dim, depth, heads)
+        self.register_buffer("std", torch.ones(()))
+
+    def see(self, images):
+        """(B, 3, h, w) -> (B, 3, img_size, img_size), of mean 0 and, over the frames, variance 1."""
+        return (self.contrast(images) - 0.5) / self.std
+
+    def fit(self, frames, seed=0, steps=1500, batch_size=16, momentum=0.998, masks=MASKS, lr=1e-3):
+        """frames (S, H, W, 3) uint8, every `clip_frames` in a row a clip. UserError if the tokens collapse."""
+        device, T = self.gain.device, self.clip_frames
+        self.fit_contrast(frames)
+        sample = to_tensor(frames[:: max(1, len(frames) // 2000)], device)
+        self.std.copy_((self.contrast(sample) - 0.5).std())
+        encoder = copy.deepcopy(self.vit).requires_grad_(True)
+        predictor = MaskedPredictor(self.grid, self.dim, self.dim, depth=2, heads=2).to(device)
+
+        def loss():
+            follow(self.vit, encoder, momentum)
+            first = T * torch.randint(len(frames) // T, (batch_size,)).sort().values
+            rows = (first[:, None] + torch.arange(T)).flatten().numpy()
+            clips = self.see(to_tensor(frames[rows], device)).unflatten(0, (-1, T))  # (B, T, 3, s, s)
+            with torch.no_grad():
+                h = F.layer_norm(self.vit(clips), (self.dim,))  # (B, L, d)
+            error = 0.0
+            for mask in masks:
+                context, target = (index.to(device) for index in block_masks(batch_size, self.grid, *mask))
+                z = predictor(encoder(clips, context), context, target)
+                error = error + F.l1_loss(z, h.take_along_dim(target[..., None], 1)) / len(masks)
+            return {"loss": error, "std": (h - h.mean(0)).std(0).mean()}
+
+        fit(nn.ModuleList([encoder, predictor]), loss, steps, lr, seed, "train V-JEPA")
+        self.freeze()
+        std, rank = collapse_measures(torch.cat([self(to_tensor(c, device)) for c in chunks(frames[::T])]))
+        print(f"{self.name}: standard deviation {std:.2f} over the frames, effective rank {rank:.1f} of {self.dim}")
+        if std < 0.05 or rank < 2:
+            raise UserError(
+                f"{self.name} has collapsed: its tokens hardly depend on the frame (standard deviation {std:.3f} of 1, "
+                f"effective rank {rank:.1f}): try another --seed, or data in which more moves"
+            )
+        return self
+
+    @torch.no_grad()
+    def forward(self, images):
+        clips = self.see(images)[:, None].expand(-1, 2, -1, -1, -1)  # (B, 2, 3, s, s)
+        return F.layer_norm(self.vit(clips), (self.dim,))  # (B, N, d)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -660,6 +868,7 @@ ENCODERS = {
     "pca": (lambda name, img_size, *_: PCAEncoder(img_size), 64, (), None),
     "vae": (lambda name, img_size, *_: VAEEncoder(name, img_size), 64, (), None),
     "vae_map": (lambda name, img_size, *_: VAEEncoder(name, img_size, spatial=True), 64, (), None),
+    "vjepa_tiny": (lambda name, img_size, *_: VJEPATinyEncoder(img_size), 64, (), None),
     "patches": (lambda name, img_size, *_: PatchEncoder(img_size), 64, (), None),
     "dinov2": (partial(ViTEncoder, model=DINOV2, pixels=DINO_WM), 196, SIZES, "Apache-2.0"),
     # DINOv2 with its authors' own normalisation, against DINO-WM's above
@@ -720,15 +929,20 @@ def print_table(names, batch_size):
         print(f"{name:15} {encoder.img_size:5} {n:6} {d:5} {size:8.2f} {rate:8.3g}  {weights}")
 
 
-def sample_frames(dataset, count=200):
-    """(count, H, W, 3) uint8: from a data set's folder, or PointMaze with its ball anywhere."""
+def sample_frames(dataset, clips=50, length=8):
+    """(clips * length, H, W, 3) uint8, `length` in a row: from a data set's folder, or PointMaze, pushed at random."""
     if dataset is not None:
-        frames = Dataset(dataset).frames
-        return frames[np.linspace(0, len(frames) - 1, count).astype(int)]
+        dataset = Dataset(dataset)
+        starts = Windows(dataset, np.arange(len(dataset)), length, dataset.meta["frameskip"]).starts
+        first = starts[np.linspace(0, len(starts) - 1, clips).astype(int)]
+        return dataset.frames[(first[:, None] + np.arange(length)).ravel()]
     env, rng, frames = make_env("pointmaze", 224), np.random.default_rng(0), []
-    for _ in range(count):
+    for _ in range(clips):
         env.set_state(env.sample_state(rng))
-        frames.append(env.observe()["visual"])
+        for actions in rng.uniform(-1, 1, (length, 5, 2)):
+            frames.append(env.observe()["visual"])
+            for action in actions:
+                env.step(action, render=False)
     return np.stack(frames)
 
 
@@ -750,7 +964,8 @@ def show(names, weights, frames, directory, count=4):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = {"frame": frames[:count]}
+    seen = frames[::8]  # of each clip one
+    rows = {"frame": seen[:count]}
     for name in names:
         pretrained = ENCODERS[name.partition("-")[0]][3] is not None
         try:
@@ -760,7 +975,7 @@ def show(names, weights, frames, directory, count=4):
             continue
         if hasattr(encoder, "fit"):
             encoder.fit(frames)
-        tokens = torch.cat([encoder(to_tensor(c)) for c in chunks(frames[:50], 10)])
+        tokens = torch.cat([encoder(to_tensor(c)) for c in chunks(seen, 10)])
         label = f"{name}\nrandom weights" if pretrained and weights == "random" else name
         rows[f"{label}\n{tokens.shape[1]} x {tokens.shape[2]}"] = principal_colours(tokens)[:count].numpy()
     size = (1.5 * count + 1, 1.5 * len(rows))

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import UserError, run_script, write_atomic
-from encoders import build_encoder
+from encoders import RotaryBlock, build_encoder, rotary_angles
 from vae_mdnrnn import to_tensor
 
 # ---------------------------------------------------------------------------------------------------------
@@ -174,43 +174,11 @@ class RWMPredictor(nn.Module):
 
 
 def rotary_tables(num_frames, side, head_dim):
-    """cos and sin (L, head_dim) of the angles of frames of 2 + side^2 tokens, as V-JEPA 2-AC has them.
-
-    A head's width is cut into three even sections, for frame, row and column, and an unrotated rest. The action and the
-    state of a frame have its time, and neither row nor column.
-    """
-    section = 2 * (head_dim // 3 // 2)
+    """cos and sin (L, head_dim) of the angles of frames of 2 + side^2 tokens, as V-JEPA 2-AC has them: the action and
+    the state of a frame have its time, and neither row nor column."""
     patch = torch.cat([torch.zeros(2, dtype=torch.long), torch.arange(side**2)]).repeat(num_frames)
     frame = torch.arange(num_frames).repeat_interleave(2 + side**2)
-    position = torch.stack([frame, patch // side, patch % side])  # (3, L)
-    omega = 10000.0 ** (-torch.arange(section // 2) / (section / 2))
-    angle = (position[..., None] * omega).repeat(1, 1, 2)  # (3, L, section): sic, the two of a pair turn differently
-    angle = F.pad(angle.permute(1, 0, 2).flatten(1), (0, head_dim - 3 * section))  # (L, head_dim)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x, cos, sin):
-    """Turns the pairs (0, 1), (2, 3), ... of x (..., L, head_dim)."""
-    turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
-    return x * cos + turned * sin
-
-
-class ACBlock(nn.Module):
-    """A pre-norm transformer block with rotary positions; its parameters are named as in the release."""
-
-    def __init__(self, width, heads, mlp_dim):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, mlp_dim), "fc2": nn.Linear(mlp_dim, width)})
-
-    def forward(self, x, cos, sin, mask):
-        qkv = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, head_dim)
-        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, attn_mask=mask)
-        x = x + self.attn["proj"](y.transpose(1, 2).flatten(2))
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+    return rotary_angles(torch.stack([frame, patch // side, patch % side], -1), head_dim, released=True)
 
 
 class ACPredictor(nn.Module):
@@ -246,7 +214,7 @@ class ACPredictor(nn.Module):
         self.predictor_embed = nn.Linear(dim, width)
         self.action_encoder = nn.Linear(action_dim, width)
         self.state_encoder = nn.Linear(proprio_dim, width)
-        self.predictor_blocks = nn.ModuleList(ACBlock(width, heads, mlp_dim) for _ in range(depth))
+        self.predictor_blocks = nn.ModuleList(RotaryBlock(width, heads, mlp_dim) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
         self.predictor_proj = nn.Linear(width, dim)
         self.state_head = None if integrate else nn.Linear(width, proprio_dim)

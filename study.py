@@ -42,7 +42,7 @@ from predictor import WorldModel, available_device, build_eyes
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-LAPTOP = "pca,vae,patches"
+LAPTOP = "pca,vae,patches,vjepa_tiny"
 
 
 def names(text):

@@ -702,10 +702,10 @@ def test_a_missing_package_is_named(name, module, monkeypatch):
 
 
 SHAPES = {
-    "pca": (1, 32), "vae": (1, 32), "vae_map": (16, 16), "patches": (16, 64), "dinov2": (196, 384),
-    "dinov2_imagenet": (196, 384), "dino_cls": (1, 384), "dinov3": (196, 384), "vjepa2-tiny": (256, 48),
-    "resnet18": (1, 512), "resnet18_map": (49, 512), "r3m": (1, 512), "dino_tok": (196, 64),
-    "dino_tok_vq": (196, 64), "vfm_vae": (196, 32),
+    "pca": (1, 32), "vae": (1, 32), "vae_map": (16, 16), "vjepa_tiny": (16, 64), "patches": (16, 64),
+    "dinov2": (196, 384), "dinov2_imagenet": (196, 384), "dino_cls": (1, 384), "dinov3": (196, 384),
+    "vjepa2-tiny": (256, 48), "resnet18": (1, 512), "resnet18_map": (49, 512), "r3m": (1, 512),
+    "dino_tok": (196, 64), "dino_tok_vq": (196, 64), "vfm_vae": (196, 32),
 }  # fmt: skip
 
 
@@ -1003,6 +1003,114 @@ def test_the_spatial_v_learns_and_keeps_its_places(frames):
     assert tokens.shape == (24, 16, 16) and change[0, 0] > change[0, 15]  # the square is top left in the first frame
 
 
+# -- V-JEPA 2's pretraining ------------------------------------------------------------------------------------
+
+
+def test_rotary_attention_depends_on_relative_positions_alone():
+    q, k = torch.randn(2, 32)
+    place, other, move = torch.tensor([2, 1, 3]), torch.tensor([0, 3, 1]), torch.tensor([5, 2, 7])
+
+    def score(at, to, **released):
+        turn = lambda x, p: encoders.rotate(x, *encoders.rotary_angles(p, 32, **released))  # noqa: E731
+        return turn(q, at) @ turn(k, to)
+
+    close(score(place, other), score(place + move, other + move))
+    close(score(place, place), q @ k)
+    for axis in torch.eye(3).long():  # each of time, row and column matters
+        assert (score(place, other) - score(place + axis, other)).abs() > 1e-3
+    assert (score(place, place, released=True) - q @ k).abs() > 1e-3  # the slip in the released weights' positions
+
+
+def test_block_masks_are_tubes_and_what_is_hidden_is_not_seen():
+    T, side, _ = grid = (3, 6, 6)
+    torch.manual_seed(0)
+    for blocks, area in [(1, 0.3), (2, 0.7), (8, 0.15)] * 5:
+        context, target = encoders.block_masks(7, grid, blocks, area)
+        assert context.shape[1] > 0 and context.shape[1] + target.shape[1] <= T * side**2
+        for seen, hidden in zip(context % side**2, target % side**2, strict=True):  # places, whatever the time
+            assert not set(seen.tolist()) & set(hidden.tolist())
+        if blocks == 1:  # everything that the one block covers, everything that it does not
+            assert context.shape[1] + target.shape[1] == T * side**2
+            for hidden in target:
+                assert len(hidden.unique()) == len(hidden)
+                t, row, column = hidden // side**2, hidden // side % side, hidden % side
+                extent = [int(x.max() - x.min()) + 1 for x in (t, row, column)]
+                assert extent[0] == T and np.prod(extent) == len(hidden)
+    assert len({tuple(sorted(hidden.tolist())) for hidden in target}) > 1  # each clip has its own
+
+
+def test_the_context_encoder_never_sees_a_target():
+    encoder = encoders.build_encoder("vjepa_tiny")
+    clips = torch.rand(2, 8, 3, 64, 64)
+    context, target = encoders.block_masks(2, encoder.grid, 2, 0.3)
+    before, all_before = encoder.vit(clips, context), encoder.vit(clips)
+    for clip, hidden in zip(clips, target, strict=True):
+        for place in hidden.tolist():
+            t, row, column = place // 16, place // 4 % 4, place % 4
+            clip[2 * t : 2 * t + 2, :, 16 * row : 16 * row + 16, 16 * column : 16 * column + 16] = 9.0
+    assert torch.equal(encoder.vit(clips, context), before)
+    changed = (encoder.vit(clips) - all_before).abs().sum(-1)
+    assert (changed.take_along_dim(target, 1) > 1e-3).all()  # and these blocks are those places' pixels
+    close(encoder.vit(clips, torch.arange(64).expand(2, -1)), encoder.vit(clips))
+
+
+def test_the_masked_predictor_knows_places_not_order():
+    predictor = encoders.MaskedPredictor((4, 4, 4), 64, 48, depth=2, heads=2).eval()
+    nn_init = torch.Generator().manual_seed(0)
+    predictor.mask_token.data.normal_(generator=nn_init)
+    tokens, context, target = torch.randn(2, 9, 64), torch.arange(9).repeat(2, 1), torch.tensor([[20, 31, 47]] * 2)
+    predicted = predictor(tokens, context, target)
+    assert predicted.shape == (2, 3, 64) and (predicted[:, 0] - predicted[:, 1]).abs().max() > 1e-3
+    order, flipped = torch.randperm(9), target.flip(1)
+    close(predictor(tokens[:, order], context[:, order], flipped), predicted.flip(1))
+
+
+def test_the_target_encoder_follows_and_learns_nothing_by_itself(frames):
+    average, model = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    expected = 0.9 * average.weight + 0.1 * model.weight
+    encoders.follow(average, model, 0.9)
+    close(average.weight, expected)
+    results = {}
+    for name, momentum in {"held": 1.0, "follows": 0.5, "again": 0.5}.items():
+        torch.manual_seed(0)
+        encoder = encoders.build_encoder("vjepa_tiny")
+        before = copy.deepcopy(encoder.vit.state_dict())
+        encoder.fit(frames, steps=3, batch_size=2, momentum=momentum)
+        results[name] = encoder.vit.state_dict()
+        assert encoder.clip_frames == 8 and not any(p.requires_grad for p in encoder.parameters())
+    for key, start in before.items():
+        assert torch.equal(results["held"][key], start) and torch.equal(results["again"][key], results["follows"][key])
+    assert not torch.equal(results["follows"]["embed.weight"], before["embed.weight"])
+
+
+def test_a_collapse_is_measured_and_ends_the_fit(frames):
+    std, rank = encoders.collapse_measures(torch.randn(4000, 3, 1) * torch.tensor([1.0, 2.0, 0.0, 0.0]))
+    assert std == pytest.approx(0.75, rel=0.05) and rank == pytest.approx(1, abs=0.01)  # one number, four times
+    std, rank = encoders.collapse_measures(torch.randn(20_000, 1, 4) * torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    assert std == pytest.approx(0.75, rel=0.05) and rank == pytest.approx(3, abs=0.01)
+    constant = torch.randn(1, 3, 4).expand(50, -1, -1)  # places differ, frames do not
+    assert encoders.collapse_measures(constant)[0] == pytest.approx(0, abs=1e-6)
+    encoder = encoders.build_encoder("vjepa_tiny")
+    for parameter in encoder.vit.embed.parameters():
+        parameter.zero_()
+    with pytest.raises(UserError, match="vjepa_tiny has collapsed: .* try another --seed"):
+        encoder.fit(frames, steps=1, batch_size=2)
+
+
+def test_encoders_are_fitted_to_clips_of_single_episodes(dataset, monkeypatch):
+    monkeypatch.setattr(train, "FIT_FRAMES", 20)
+    episodes = dataset.split()[0]
+    fit_frames = lambda clip: train.fit_frames(dataset, episodes, clip, np.random.default_rng(0))  # noqa: E731
+    alone = np.sort(np.random.default_rng(0).choice(dataset.rows(episodes), 20, replace=False))
+    np.testing.assert_array_equal(fit_frames(1), dataset.frames[alone])
+    clips = fit_frames(4).reshape(5, 4, *dataset.frames.shape[1:])
+    ends = set(dataset.episode_ends)
+    for clip in clips:
+        (first,) = np.flatnonzero((dataset.frames[:] == clip[0]).all((1, 2, 3)))
+        assert not ends & set(range(first + 1, first + 4))  # no episode ends within the clip
+        np.testing.assert_array_equal(clip, dataset.frames[first : first + 4])
+
+
 def test_patches_project_each_patch_by_itself():
     encoder = encoders.build_encoder("patches")
     images = torch.rand(2, 3, 64, 64)
@@ -1019,7 +1127,7 @@ def test_a_world_model_is_saved_and_loaded_with_a_sized_and_a_fitted_encoder(tmp
     import predictor
 
     stats = (torch.zeros(2), torch.ones(2)), (torch.zeros(4), torch.ones(4))
-    for name in ("vjepa2-tiny", "vae_map"):
+    for name in ("vjepa2-tiny", "vae_map", "vjepa_tiny"):
         encoder = encoders.build_encoder(name, weights="random")
         model = predictor.WorldModel(encoder, *stats, depth=1, heads=1, mlp_dim=8)
         model.save(tmp_path)
@@ -1401,7 +1509,7 @@ def test_rotary_positions_by_hand():
     side, head_dim = 2, 14  # sections of 4 for frame, row and column; 2 numbers are left alone
     cos, sin = predictor.rotary_tables(num_frames=3, side=side, head_dim=head_dim)
     x = torch.randn(18, head_dim)
-    out = predictor.rotate(x, cos, sin)
+    out = encoders.rotate(x, cos, sin)
     for token in range(18):
         frame, place = divmod(token, 6)
         row, col = divmod(max(place - 2, 0), side)

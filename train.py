@@ -122,6 +122,13 @@ def open_dataset(args):
     return dataset
 
 
+def fit_frames(dataset, episodes, clip_frames, rng):
+    """The frames (S, H, W, 3) that an encoder is fitted to: FIT_FRAMES at random, in clips of so many in a row."""
+    starts = Windows(dataset, episodes, clip_frames, dataset.meta["frameskip"]).starts
+    first = np.sort(rng.choice(starts, min(FIT_FRAMES // clip_frames, len(starts)), replace=False))
+    return dataset.frames[(first[:, None] + np.arange(clip_frames)).ravel()]
+
+
 @torch.no_grad()
 def token_cache(encoder, dataset, device, batch_size=256):
     """Tokens (S, N, d) of all frames: computed once per encoder, kept in the data set's folder, memory-mapped."""
@@ -242,9 +249,7 @@ def train(args):
     single = encoder.num_patches == 1
     sizes = transition_sizes(args, single)
     if resumed is None and hasattr(encoder, "fit"):
-        rows = dataset.rows(train_episodes)
-        sample = np.sort(rng.choice(rows, min(FIT_FRAMES, len(rows)), replace=False))
-        encoder.to(device).fit(dataset.frames[sample], seed=args.seed)
+        encoder.to(device).fit(fit_frames(dataset, train_episodes, encoder.clip_frames, rng), seed=args.seed)
     epochs, batch_size = args.epochs or (20 if single else 100), args.batch_size or (128 if single else 32)
     stats = dataset.statistics(train_episodes)
     model = WorldModel(
