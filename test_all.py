@@ -1270,11 +1270,13 @@ def test_every_transition_is_causal_and_its_rollout_is_its_steps(name, num_patch
         torch.testing.assert_close(shorter["visual"], before["visual"][:, :2])  # a shorter window is a prefix
 
         imagined = model.rollout({k: latent[:, :1] for k, latent in z.items()}, batch["action"][:, :5])
+        known = {"visual": z["visual"][:, :1], "proprio": z["proprio"][:, :1, None].expand_as(before["proprio"][:, :1])}
         for t in range(1, 6):
             first = 0 if name == "rwm" else max(t - 3, 0)  # a GRU's memory is as long as what it has read
-            window = {k: latent[:, first:t] for k, latent in imagined.items()}
-            after = model.predict(window, actions[:, first:t])
-            torch.testing.assert_close(imagined["visual"][:, t], after["visual"][:, -1])
+            after = model.predict({k: latent[:, first:t] for k, latent in known.items()}, actions[:, first:t])
+            known = {k: torch.cat([latent, after[k][:, -1:]], dim=1) for k, latent in known.items()}
+            torch.testing.assert_close(imagined["visual"][:, t], known["visual"][:, t])
+            torch.testing.assert_close(imagined["proprio"][:, t], known["proprio"][:, t, 0])  # the first token's
 
 
 def test_one_rollout_step_is_teacher_forcing_bit_for_bit():
