@@ -158,11 +158,13 @@ def read_pickle(path):
     dtypes = {"Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16,
               "Long": torch.int64, "Int": torch.int32, "Bool": torch.bool, "Byte": torch.uint8}  # fmt: skip
     known = {
-        **{f"{module}.{kind.__name__}": kind for module in ("builtins", "__builtin__") for kind in (dict, set)},
+        "builtins.dict": dict,
+        "builtins.set": set,
         "collections.OrderedDict": OrderedDict,
         "collections.defaultdict": defaultdict,
         "torch._utils._rebuild_tensor_v2": rebuild_tensor,
         "torch._utils._rebuild_parameter": rebuild_parameter,
+        "torch._utils._rebuild_parameter_with_state": rebuild_parameter,
         **{f"torch.{name}Storage": dtype for name, dtype in dtypes.items()},
     }
 
@@ -170,7 +172,8 @@ def read_pickle(path):
         storages = {}
 
         def find_class(self, module, name):
-            if (full := f"{module}.{name}") in known:
+            full = f"{module.replace('__builtin__', 'builtins')}.{name}"  # pickle's protocol 2 has Python 2's name
+            if full in known:
                 return known[full]
             if full.startswith(SHELLS):
                 return Shell
@@ -232,7 +235,7 @@ def read_run(run):
     for part in ("predictor", "proprio_encoder", "action_encoder", "decoder", "encoder"):
         try:
             tensors |= {f"{part}.{name}": tensor for name, tensor in state_dict(content[part]).items()}
-        except (KeyError, TypeError, AttributeError):
+        except (KeyError, TypeError, AttributeError, RecursionError):
             if part not in ("decoder", "encoder"):
                 raise UserError(f"{path} does not hold a module '{part}'") from None
     tensors = substitute(tensors, NAMES)
