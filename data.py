@@ -2,7 +2,8 @@
 
 PointMaze is Gymnasium-Robotics' maze (its MuJoCo model and physics) seen from straight above. One
 environment step is five physics steps of 0.01 s, the speed clipped to +-5 m/s before each, as in D4RL's
-maze2d (Fu et al., 2020, arXiv:2004.07219), on which DINO-WM (Zhou et al., 2024, arXiv:2411.04983) plans.
+maze2d (Fu et al., 2020, arXiv:2004.07219), on which DINO-WM (Zhou et al., 2024, arXiv:2411.04983) plans. Its own
+world is `pointmaze-d4rl`.
 
 A data set is a folder of flat arrays, one row per *model step* (`frameskip` environment steps):
 
@@ -427,7 +428,7 @@ ENVIRONMENTS = {
     "pointmaze": lambda img_size: PointMaze("UMaze", img_size),
     "pointmaze-medium": lambda img_size: PointMaze("Medium", img_size),
     "pointmaze-large": lambda img_size: PointMaze("Large", img_size),
-    "pointmaze-d4rl": lambda img_size: PointMazeD4RL("UMaze", img_size),
+    "pointmaze-d4rl": lambda img_size: PointMazeD4RL(img_size=img_size),
     "carracing": CarRacing,
     "takecover": TakeCover,
 }

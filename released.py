@@ -21,7 +21,7 @@ import json
 import pickle
 import zipfile
 from collections import OrderedDict, defaultdict
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +62,8 @@ class ReleasedDataset(Dataset):
     def __init__(self, path):
         self.path = Path(path)
         states, actions, lengths = (read_tensor(self.path / name) for name in self.FILES[:3])
+        if lengths.ndim != 1 or lengths.is_floating_point() or not len(lengths) or lengths.min() < 1:
+            raise UserError(f"{self.path / 'seq_lengths.pth'} is not one whole number of steps for each episode")
         self.episode_ends = lengths.cumsum(0).numpy()
         self.episode_starts = self.episode_ends - lengths.numpy()
         for name, padded in (("states", states), ("actions", actions)):
@@ -77,13 +79,17 @@ class ReleasedDataset(Dataset):
                 episode = inside.nonzero()[~finite][0, 0]
                 raise UserError(f"{file}: {name} of episode {episode} are not finite numbers")
             setattr(self, name, rows.numpy())
-        self.frames = EpisodeFrames(self.path / "obses", self.episode_starts, self.episode_ends)
-        self.meta = dict(env="pointmaze-d4rl", img_size=self.frames.shape[1], frameskip=1)
+        self.files = [self.path / "obses" / f"episode_{i:03d}.pth" for i in range(len(lengths))]
+        self.meta = dict(env="pointmaze-d4rl", img_size=read_tensor(self.files[0]).shape[1], frameskip=1)
 
-    def split(self, train_fraction=0.9, seed=42):
-        """Episode numbers (train, validation), the release's (`split_traj_datasets`)."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).numpy()
-        cut = int(train_fraction * len(self))
+    @cached_property
+    def frames(self):
+        return EpisodeFrames(self.files, self.episode_starts, self.episode_ends)
+
+    def split(self):
+        """Episode numbers (train, validation), the release's: 90 % and the rest of a shuffle by seed 42."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(42)).numpy()
+        cut = int(0.9 * len(self))
         return np.sort(order[:cut]), np.sort(order[cut:])
 
     def statistics(self, episodes=None):
@@ -94,15 +100,14 @@ class ReleasedDataset(Dataset):
 
 
 class EpisodeFrames:
-    """All frames (S, H, W, 3) uint8 of a folder with a file per episode; what is indexed is read, and no more."""
+    """All frames (S, H, W, 3) uint8 of one file per episode; what is indexed is read, and no more."""
 
     dtype = np.dtype(np.uint8)
 
-    def __init__(self, folder, starts, ends):
-        self.starts, self.ends = starts, ends
-        self.files = [folder / f"episode_{i:03d}.pth" for i in range(len(ends))]
-        shape = read_tensor(self.files[0]).shape[1:]
-        for file, length in zip(self.files, ends - starts, strict=True):  # now, and not after hours of encoding
+    def __init__(self, files, starts, ends):
+        self.files, self.starts, self.ends = files, starts, ends
+        shape = read_tensor(files[0]).shape[1:]
+        for file, length in zip(files, ends - starts, strict=True):  # now, and not after hours of encoding
             frames = read_tensor(file)
             if frames.dtype != torch.uint8 or frames.shape[1:] != shape or shape[2:] != (3,):
                 raise UserError(f"{file}: frames {tuple(frames.shape)} of {frames.dtype} are not (T, H, W, 3) of uint8")
@@ -202,7 +207,7 @@ def read_pickle(path):
 def state_dict(shell):
     """{name: tensor} of a module's shell, as nn.Module.state_dict has it."""
     own = {**shell.state["_parameters"], **shell.state["_buffers"]}
-    tensors = {name: tensor for name, tensor in own.items() if tensor is not None}
+    tensors = {name: tensor for name, tensor in own.items() if torch.is_tensor(tensor)}
     for child, module in shell.state["_modules"].items():
         tensors |= {f"{child}.{name}": tensor for name, tensor in state_dict(module).items()}
     return tensors
@@ -239,8 +244,8 @@ def read_run(run):
             if part not in ("decoder", "encoder"):
                 raise UserError(f"{path} does not hold a module '{part}'") from None
     tensors = substitute(tensors, NAMES)
-    for name in ("proprio_encoder.weight", "action_encoder.weight"):  # Conv1d of kernel size 1 there, (out, in, 1)
-        tensors[name] = tensors[name].squeeze(-1)
+    for name in {"proprio_encoder.weight", "action_encoder.weight"} & tensors.keys():
+        tensors[name] = tensors[name].squeeze(-1)  # a Conv1d of kernel size 1 there, (out, in, 1)
     return settings, tensors
 
 
@@ -251,6 +256,17 @@ def setting(path, settings, name):
             raise UserError(f"{path} has no {name}")
         settings = settings[key]
     return settings
+
+
+def load_eyes(get, tensors, weights, path):
+    """The encoder of a released run: frozen it is not in the checkpoint `path`, trained it is."""
+    name = f"{EYES[get('encoder.feature_key')]}-{BACKBONES[get('encoder.name')]}"
+    img_size = get("img_size") // 16 * 14  # a patch of 14 pixels for each 16 of the frame
+    own = {k.removeprefix("encoder.base_model."): v for k, v in tensors.items() if k.startswith("encoder.")}
+    encoder = build_eyes(name, img_size, "random" if own else weights)
+    if own:
+        load_state(encoder.vit, own, partial(vit_names, encoder.vit), path)
+    return encoder
 
 
 def load_model(run, device="cpu", data=None, weights=None):
@@ -268,7 +284,7 @@ def load_model(run, device="cpu", data=None, weights=None):
                         ("encoder.name", BACKBONES), ("encoder.feature_key", EYES),
                         ("action_emb_dim", [get("proprio_emb_dim")]), ("num_pred", [1])):  # fmt: skip
         if get(name) not in known:
-            raise UserError(f"{run}/hydra.yaml: {name} is {get(name)}, known is {', '.join(map(str, known))}")
+            raise UserError(f"{run}/hydra.yaml: {name} is {get(name)}, not {' or '.join(map(str, known))}")
     folder = data or get("env.dataset.data_path")
     if data is None and not Path(folder).exists():
         raise UserError(f"the data that {run} normalises by are not at {folder}: give --data, the folder point_maze")
@@ -276,17 +292,12 @@ def load_model(run, device="cpu", data=None, weights=None):
     stats = dataset.statistics(dataset.split()[0])
     if not get("env.dataset.normalize_action"):
         stats = {name: (np.zeros_like(mean), np.ones_like(std)) for name, (mean, std) in stats.items()}
-    img_size = get("img_size")
-    encoder = f"{EYES[get('encoder.feature_key')]}-{BACKBONES[get('encoder.name')]}"
-    own_eyes = {k.removeprefix("encoder.base_model."): v for k, v in tensors.items() if k.startswith("encoder.")}
-    encoder = build_eyes(encoder, img_size // 16 * 14, "random" if own_eyes else weights)  # a patch for each 16 pixels
-    if own_eyes:
-        load_state(encoder.vit, own_eyes, partial(vit_names, encoder.vit), run / "checkpoints" / "model_latest.pth")
     composition = {k: get(k) for k in ("concat_dim", "num_proprio_repeat", "num_action_repeat") if get(k) != 1}
     model = WorldModel(
-        encoder, stats["action"], stats["proprio"], get("num_hist"), get("num_pred"), get("frameskip"),
-        get("action_emb_dim"), dict(env="pointmaze-d4rl", img_size=img_size, data=str(folder)),
-        **{name: get(f"predictor.{name}") for name in ("depth", "heads", "mlp_dim", "dropout")}, **composition,
+        load_eyes(get, tensors, weights, run / "checkpoints" / "model_latest.pth"), stats["action"], stats["proprio"],
+        get("num_hist"), get("num_pred"), get("frameskip"), get("action_emb_dim"),
+        dict(env="pointmaze-d4rl", img_size=get("img_size"), data=str(folder)), **composition,
+        **{name: get(f"predictor.{name}") for name in ("depth", "heads", "mlp_dim", "dropout")},
     )  # fmt: skip
     own = model.state_dict()
     state = {k: v for k, v in own.items() if k.startswith("encoder.") or k.endswith(("_mean", "_std"))}

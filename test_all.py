@@ -1919,6 +1919,7 @@ def rewrite(path, change):
         (lambda p: rewrite(p / "obses" / "episode_002.pth", lambda f: f[:11]),
          "point_maze/obses/episode_002.pth: 11 frames, where seq_lengths.pth says 30"),
         (lambda p: rewrite(p / "obses" / "episode_003.pth", lambda f: f.float()), "of torch.float32 are not (T, H"),
+        (lambda p: rewrite(p / "seq_lengths.pth", lambda n: n * 0), "seq_lengths.pth is not one whole number of steps"),
         (lambda p: (p / "states.pth").write_bytes(b"half"), "point_maze/states.pth is damaged"),
         (lambda p: torch.save({"states": 1}, p / "states.pth"), "states.pth is damaged, or does not hold a tensor"),
     ],
@@ -2078,6 +2079,24 @@ def test_a_released_run_computes_what_its_modules_did(released_run):
     }  # fmt: skip
 
 
+def test_a_released_encoder_that_was_trained_comes_over(released_run):
+    run, content = released_run
+    eyes = encoders.build_encoder("dinov2", weights="random").vit  # 196 px; the run's are 28
+    content["encoder"] = nn.Module()
+    for name, tensor in {f"base_model.{k}": v for k, v in eyes.state_dict().items()}.items():
+        *parents, leaf = name.split(".")
+        module = content["encoder"]
+        for parent in parents:
+            module._modules.setdefault(parent, nn.Module())
+            module = module._modules[parent]
+        module.register_parameter(leaf, nn.Parameter(tensor))
+    save_as_released(content, run / "checkpoints" / "model_latest.pth")
+    model = released.load_model(run)
+    resampled = encoders.resample_positions(eyes.pos_embed, 5)
+    torch.testing.assert_close(model.encoder.vit.pos_embed, resampled, rtol=0, atol=0)
+    torch.testing.assert_close(model.encoder.vit.blocks[3].attn.qkv.weight, eyes.blocks[3].attn.qkv.weight)
+
+
 def test_a_released_run_plans_at_once_or_converted(released_run, script):
     run, _ = released_run
     code, _, err = script("plan", "--ckpt", run, "--weights", "random", *BUDGET)
@@ -2106,7 +2125,7 @@ def hydra(old, new):
         (lambda run: (run / "hydra.yaml").write_text("a: [b"), "outputs/pm/hydra.yaml is damaged, or not YAML"),
         (hydra("num_hist: 3", ""), "outputs/pm/hydra.yaml has no num_hist"),
         (hydra("depth: 2,", ""), "outputs/pm/hydra.yaml has no predictor.depth"),
-        (hydra("name: point_maze", "name: pusht"), "env.name is pusht, known is point_maze"),
+        (hydra("name: point_maze", "name: pusht"), "env.name is pusht, not point_maze"),
         (hydra("models.dino.DinoV2Encoder", "models.encoder.r3m.load_r3m"), "encoder._target_ is models.encoder.r3m"),
         (hydra("data_path: point_maze", "data_path: /far"), "are not at /far: give --data"),
         (hydra("depth: 2,", "depth: 3,"), "do not agree"),
