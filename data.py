@@ -2,7 +2,8 @@
 
 PointMaze is Gymnasium-Robotics' maze (its MuJoCo model and physics) seen from straight above. One
 environment step is five physics steps of 0.01 s, the speed clipped to +-5 m/s before each, as in D4RL's
-maze2d (Fu et al., 2020, arXiv:2004.07219), on which DINO-WM (Zhou et al., 2024, arXiv:2411.04983) plans.
+maze2d (Fu et al., 2020, arXiv:2004.07219), on which DINO-WM (Zhou et al., 2024, arXiv:2411.04983) plans. Its own
+world is `pointmaze-d4rl`.
 
 A data set is a folder of flat arrays, one row per *model step* (`frameskip` environment steps):
 
@@ -125,17 +126,11 @@ class PointMaze(gym.Env):
     render_mode = "rgb_array"
 
     def __init__(self, maze="UMaze", img_size=64):
-        with contextlib.redirect_stderr(io.StringIO()):  # it prints news of environments that are not used here
-            import gymnasium_robotics
         import mujoco
 
-        gym.register_envs(gymnasium_robotics)
-        env = gym.make(f"PointMaze_{maze}-v3").unwrapped
-        Path(env.tmp_xml_file_path).unlink(missing_ok=True)
-        self.mujoco, self.model = mujoco, env.point_env.model
-        self.model.opt.timestep = self.DT
+        self.mujoco = mujoco
+        self.model, self.free = self.build(maze)
         self.data = mujoco.MjData(self.model)
-        self.free = np.array(env.maze.maze_map) != 1  # (rows, cols), each cell 1 m x 1 m, centred on the origin
         self.img_size, self._renderer, self._rollout = img_size, None, None
         self.shift, self._chance = None, np.random.default_rng(0)
         self.goal = self.cell_center(*np.argwhere(self.free)[0])
@@ -144,6 +139,19 @@ class PointMaze(gym.Env):
             visual=gym.spaces.Box(0, 255, (img_size, img_size, 3), np.uint8),
             proprio=gym.spaces.Box(-np.inf, np.inf, (4,), np.float32),
         )
+
+    def build(self, maze):
+        """The MuJoCo model, and which cells (rows, cols) are free, each 1 m x 1 m, centred on the origin."""
+        with contextlib.redirect_stderr(io.StringIO()):  # it prints news of environments that are not used here
+            import gymnasium_robotics
+
+        gym.register_envs(gymnasium_robotics)
+        env = gym.make(f"PointMaze_{maze}-v3").unwrapped
+        Path(env.tmp_xml_file_path).unlink(missing_ok=True)
+        model = env.point_env.model
+        model.opt.timestep = self.DT
+        model.site("target").rgba[:] = 0  # the goal marker is never seen
+        return model, np.array(env.maze.maze_map) != 1
 
     def cell_center(self, row, col):
         """(x, y) of the middle of a cell: x grows with the column, y falls with the row."""
@@ -206,14 +214,11 @@ class PointMaze(gym.Env):
         return {"visual": self.render(), "proprio": self.state.astype(np.float32)}
 
     def render(self):
-        """The frame (H, W, 3) uint8: orthographic, the whole maze, the goal marker hidden."""
+        """The frame (H, W, 3) uint8, as `look` sees it."""
         mujoco = self.mujoco
         if self._renderer is None:
             visual = self.model.vis
             visual.global_.offwidth = visual.global_.offheight = self.img_size
-            visual.global_.fovy = max(self.free.shape)  # an orthographic camera's field of view is in metres
-            visual.global_.ipd = 0  # one eye, in the middle
-            self.model.site("target").rgba[:] = 0
             try:
                 self._renderer = mujoco.Renderer(self.model, self.img_size, self.img_size)
             except Exception as error:  # a missing library shows itself differently on every system
@@ -222,11 +227,9 @@ class PointMaze(gym.Env):
                     "install a GL library (Debian, Ubuntu: apt-get install libegl1 libgl1-mesa-dri), "
                     "or try MUJOCO_GL=osmesa with libosmesa6"
                 ) from error
-            for flag in ("mjRND_SHADOW", "mjRND_REFLECTION", "mjRND_SKYBOX", "mjRND_HAZE"):  # a third faster
-                self._renderer.scene.flags[getattr(mujoco.mjtRndFlag, flag)] = False
             self._camera = mujoco.MjvCamera()
-            self._camera.azimuth, self._camera.elevation, self._camera.distance = 90, -90, 10
-            self._camera.orthographic = 1
+            self._camera.azimuth, self._camera.elevation = 90, -90  # from straight above
+            self.look(self._camera, self._renderer.scene)
             self.dress()
         mujoco.mj_kinematics(self.model, self.data)  # and not mj_forward: looking must not change what happens next
         mujoco.mj_camlight(self.model, self.data)
@@ -257,10 +260,91 @@ class PointMaze(gym.Env):
         self.mujoco.mjv_initGeom(ball, sphere, size, position, np.eye(3).ravel(), np.array(rgba, np.float32))
         scene.ngeom += 1
 
+    def look(self, camera, scene):
+        """Orthographic, the whole maze, and nothing that costs time: a third less of it."""
+        camera.orthographic, camera.distance = 1, 10
+        self.model.vis.global_.fovy = max(self.free.shape)  # an orthographic camera's field of view is in metres
+        self.model.vis.global_.ipd = 0  # one eye, in the middle
+        for flag in ("mjRND_SHADOW", "mjRND_REFLECTION", "mjRND_SKYBOX", "mjRND_HAZE"):
+            scene.flags[getattr(self.mujoco.mjtRndFlag, flag)] = False
+
     def close(self):
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
+
+
+class PointMazeD4RL(PointMaze):
+    """The same ball in D4RL's maze2d-umaze, dressed as DINO-WM's data were rendered (its env/pointmaze/).
+
+    Here x grows with the row and y with the column of the map; the middle of cell (row, col) is (row, col) - 0.2.
+    MuJoCo now adds the margins of two geoms where the release's took the larger: contacts begin 2 mm earlier.
+    """
+
+    MAP = "#####", "#   #", "### #", "#   #", "#####"
+    MAX_START_SPEED = 5.2262554  # the range of D4RL's data
+    MJCF = """
+    <mujoco>
+      <compiler angle="radian" inertiafromgeom="true"/>
+      <option timestep="{timestep}" gravity="0 0 0" iterations="20" integrator="Euler"/>
+      <default>
+        <joint type="slide" damping="1" limited="false"/>
+        <geom density="1000" margin="0.002" condim="1" friction="0.5 0.1 0.1" contype="2" conaffinity="1"/>
+      </default>
+      <visual>
+        <headlight ambient="0.4 0.4 0.4" diffuse="0.8 0.8 0.8" specular="0.1 0.1 0.1"/>
+        <map znear="0.01"/>
+        <quality shadowsize="2048"/>
+      </visual>
+      <asset>
+        <texture name="floor" type="2d" width="100" height="100" builtin="checker" rgb1=".2 .3 .4" rgb2=".1 .2 .3"/>
+        <material name="floor" texture="floor" texrepeat="20 20"/>
+        <material name="wall" rgba="0.7 0.5 0.3 1"/>
+      </asset>
+      <worldbody>
+        <geom type="plane" size="40 40 0.25" pos="0 0 -0.1" contype="1" conaffinity="0" material="floor"/>
+        <body pos="1.2 1.2 0">
+          <geom type="sphere" size="{radius}" rgba="0 0 1 0" contype="1"/>
+          <site size="0.2" rgba="0.3 0.6 0.3 1"/>
+          <joint name="x" axis="1 0 0"/>
+          <joint name="y" axis="0 1 0"/>
+        </body>
+        {walls}
+      </worldbody>
+      <actuator>
+        <motor joint="x" ctrlrange="-1 1" ctrllimited="true" gear="100"/>
+        <motor joint="y" ctrlrange="-1 1" ctrllimited="true" gear="100"/>
+      </actuator>
+    </mujoco>"""
+
+    def build(self, maze):
+        free = np.array([[cell != "#" for cell in row] for row in self.MAP])
+        wall = '<geom type="box" size="0.5 0.5 0.2" pos="{} {} 0" material="wall"/>'
+        walls = "".join(wall.format(row + 1, col + 1) for row, col in np.argwhere(~free))
+        xml = self.MJCF.format(timestep=self.DT, radius=self.BALL_RADIUS, walls=walls)
+        return self.mujoco.MjModel.from_xml_string(xml), free
+
+    def cell_center(self, row, col):
+        return np.array([row, col]) - 0.2
+
+    def sample_state(self, rng):
+        """A state (4,) as the release samples starts and goals: anywhere in the U, with a uniform velocity."""
+        while True:
+            x, y = rng.uniform(0.5, 3.1), rng.uniform(0.5, 3.1)
+            if not 1.1 < x < 2.5 or y >= 2.5:
+                return np.array([x, y, *rng.uniform(-self.MAX_START_SPEED, self.MAX_START_SPEED, 2)])
+
+    def sample_problem(self, seed, n):
+        """Start and goal states of the n-th problem of a seed, those of the release."""
+        rng = np.random.RandomState(seed * n + 1)
+        return self.sample_state(rng), self.sample_state(rng)
+
+    def look(self, camera, scene):
+        """mujoco-py's free camera: at the geoms' median, as far from it as the model extends."""
+        camera.lookat[:], camera.distance = (3, 3, 0), self.model.stat.extent
+
+    def render(self):
+        return super().render()[::-1].copy()  # mujoco-py's rows come from the bottom up
 
 
 class CarRacing(gym.Env):
@@ -371,6 +455,7 @@ ENVIRONMENTS = {
     "pointmaze": lambda img_size: PointMaze("UMaze", img_size),
     "pointmaze-medium": lambda img_size: PointMaze("Medium", img_size),
     "pointmaze-large": lambda img_size: PointMaze("Large", img_size),
+    "pointmaze-d4rl": lambda img_size: PointMazeD4RL(img_size=img_size),
     "carracing": CarRacing,
     "takecover": TakeCover,
 }
@@ -606,18 +691,17 @@ class Windows:
 # Looking at it
 
 
-def inspect(path):
+def inspect(dataset):
     """Prints shapes and statistics, and draws eight episodes into `contact_sheet.png`."""
     import imageio.v3 as imageio
 
-    dataset = Dataset(path)
     print("  ".join(f"{key} {value}" for key, value in dataset.meta.items()))
     lengths = dataset.episode_ends - dataset.episode_starts
     print(f"{len(dataset)} episodes of {lengths.min()} to {lengths.max()} rows (mean {lengths.mean():.1f})\n")
     print(f"{'array':8} {'shape':22} {'dtype':8} {'min':>8} {'mean':>8} {'std':>8} {'max':>8}")
     for name in dataset.ARRAYS:
         array = getattr(dataset, name)
-        sample = np.asarray(array[:: max(1, len(array) // 4096)], np.float32)  # frames: a sample is enough
+        sample = array[:: max(1, len(array) // (500 if name == "frames" else 5000))].astype(np.float32)
         stats = " ".join(f"{f(sample):8.3f}" for f in (np.min, np.mean, np.std, np.max))
         print(f"{name:8} {str(array.shape):22} {str(array.dtype):8} {stats}")
     strips = []
@@ -658,7 +742,7 @@ def main():
     parser.add_argument("--bench", action="store_true", help="measure instead of collecting")
     args = parser.parse_args()
     if args.inspect:
-        return inspect(args.inspect)
+        return inspect(Dataset(args.inspect))
     if args.bench:
         return bench(args.env, args.img_size)
     out = Path(args.out or f"datasets/{args.env}")

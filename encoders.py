@@ -70,9 +70,9 @@ class FrozenEncoder(nn.Module):
         return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
 
     def normalise(self, images, mean, std):
-        """What a pretrained backbone sees: resized, its pixels normalised, (B, 3, img_size, img_size)."""
+        """What a pretrained backbone sees: its pixels normalised, then resized (DINO-WM's order), (B, 3, s, s)."""
         mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
-        return (self.resize(images) - mean) / std
+        return self.resize((images - mean) / std)
 
     def standardise(self, latents, damping):
         """Sets the buffers `mean` and `scale` from latents (S, d): scale_i = s_i + damping * max s."""
@@ -710,20 +710,24 @@ def load_weights(model, weights, repository, rename):
     if weights is None and repository is None:
         raise UserError("R3M's weights are on no hub: get model.pt as its README says, and give --weights PATH")
     files = weight_files(weights or repository)
-    state = {k: v for file in files for k, v in read_tensors(file).items()}
+    load_state(model, {k: v for file in files for k, v in read_tensors(file).items()}, rename, files[0])
+
+
+def load_state(model, state, rename, source):
+    """Loads a dictionary of tensors from the file `source` into `model`, whole or not at all."""
     own = model.state_dict()
     try:
         state = rename(state)
         if "pos_embed" in own and "pos_embed" in state:
             state["pos_embed"] = resample_positions(state["pos_embed"], own["pos_embed"].shape[1])
     except (AttributeError, TypeError, ValueError, RuntimeError):
-        raise UserError(f"{files[0]} does not hold the weights of a {type(model).__name__}") from None
+        raise UserError(f"{source} does not hold the weights of a {type(model).__name__}") from None
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = sorted(k for k in own.keys() & state.keys() if own[k].shape != getattr(state[k], "shape", None))
     if missing or unknown or shapes:
         problems = [f"{len(k)} {what}, e.g. {k[0]}" for what, k in
                     (("missing", missing), ("unknown", unknown), ("of another shape", shapes)) if k]  # fmt: skip
-        raise UserError(f"{files[0]} is a checkpoint of another architecture: keys {'; '.join(problems)}")
+        raise UserError(f"{source} is a checkpoint of another architecture: keys {'; '.join(problems)}")
     model.load_state_dict(state)
 
 

@@ -31,9 +31,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import released
 from cem import cem, mpc
-from data import SHIFTS, Dataset, UserError, make_env, natural, positive, run_script, write_atomic
-from predictor import WorldModel, available_device
+from data import SHIFTS, UserError, make_env, natural, positive, run_script, write_atomic
+from predictor import available_device
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -44,13 +45,16 @@ def get_args(argv=None):
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--ckpt", nargs="+", help="the run to plan with (default: the newest under runs/)")
+    add("--ckpt", nargs="+", help="the run to plan with, ours or released by DINO-WM (default: the newest under runs/)")
+    add("--weights", help="of a released run's encoder, which it lacks: as train.py's")
+    add("--convert", metavar="OUT", help="do not plan: write the released --ckpt to OUT, as a run of ours")
     add("--seed", type=natural, nargs="+", default=[99], help="of the problems and of CEM; several are pooled")
     add("--n-evals", type=positive, default=50, help="problems per seed")
     add("--shift", choices=SHIFTS, help="another look of the world than the one trained on")
     add("--goal-source", choices=("random_state", "dset"), default="random_state",
         help="random start and goal states, or both out of a validation episode, goal_H model steps apart")  # fmt: skip
-    add("--data", help="the data set that dset takes its episodes from (default: the one trained on)")
+    add("--data", help="the data set that dset takes its episodes from, and a released run its statistics (default: "
+        "the one trained on)")  # fmt: skip
     add("--goal-H", type=positive, default=5, help="planning horizon in model steps")
     add("--n-taken-actions", type=positive, help="model steps executed before replanning (default: goal_H)")
     add("--max-iter", type=positive, default=10, help="MPC iterations")
@@ -102,8 +106,10 @@ def make_problems(env, args, frameskip, dataset=None):
     problems = []
     for seed in args.seed:
         rng = np.random.default_rng([seed, 1])
-        for _ in range(args.n_evals):
-            if dataset is None:
+        for n in range(args.n_evals):
+            if dataset is None and hasattr(env, "sample_problem"):  # the release's own
+                problems.append(env.sample_problem(seed, n))
+            elif dataset is None:
                 problems.append((env.sample_state(rng), env.sample_state(rng)))
             else:
                 span = args.goal_H * frameskip // dataset.meta["frameskip"]
@@ -358,7 +364,7 @@ def draw_horizon_error(curves, path):
 
 def compare_horizon_error(args, device):
     """`horizon_error` of the runs, as a table, a plot and a file."""
-    models = [WorldModel.load(run, device) for run in args.ckpt]
+    models = [released.load_model(run, device, args.data, args.weights) for run in args.ckpt]
     if len({(model.world["env"], model.world["img_size"], model.frameskip) for model in models}) > 1:
         raise UserError("--horizon-error compares runs of one environment, --img-size and --frameskip")
     env = make_env(models[0].world["env"], models[0].world["img_size"], args.shift)
@@ -415,13 +421,15 @@ def main():
     device = torch.device(args.device)
     if args.horizon_error:
         return compare_horizon_error(args, device)
-    model = WorldModel.load(args.ckpt, device)
+    model = released.load_model(args.ckpt, device, args.data, args.weights)
+    if args.convert:
+        return released.save_converted(model, args.ckpt, args.convert)
     if args.alpha and not model.proprio_dim:
         raise UserError(f"--alpha weighs proprio, which {args.ckpt} does not have beside its visual latent")
     env = make_env(model.world["env"], model.world["img_size"], args.shift)
     dataset = None
     if args.goal_source == "dset":
-        dataset = Dataset(args.data or model.world["data"])
+        dataset = released.open_dataset(args.data or model.world["data"])
         for key, what in (("env", "environment"), ("img_size", "image size")):
             if dataset.meta[key] != model.world[key]:
                 raise UserError(f"{dataset.path} has {what} {dataset.meta[key]}, the checkpoint {model.world[key]}")

@@ -42,9 +42,9 @@ from vae_mdnrnn import to_tensor
 
 # ---------------------------------------------------------------------------------------------------------
 # The transition models. Each offers
-#     step(z, action) -> z        latents of T <= num_frames frames {"visual": (B, T, N, d), "proprio": (B, T, e)} and
-#                                 the actions taken there (B, T, a) -> those of the T next frames, proprio
-#                                 (B, T, copies, e); a "memory" among them comes back with the next window
+#     step(z, action) -> z        latents of T <= num_frames frames {"visual": (B, T, N, d), "proprio": (B, T, copies,
+#                                 e)} and the actions taken there (B, T, a) -> those of the T next frames; a "memory"
+#                                 among them comes back with the next window
 #     criterion                   the error that it is trained on and plans by
 #     embeds                      whether phi and psi come before it, or it takes normalised proprio and actions
 #     normalises                  whether tokens are layer-normalised, so that each has mean 0 and variance 1
@@ -119,9 +119,9 @@ class ViTPredictor(nn.Module):
         return self.norm(x)
 
     def step(self, z, action):
-        parts = z["visual"], z["proprio"], action
+        parts = z["visual"], z["proprio"], action[:, :, None]
         N, widths = z["visual"].shape[2], [part.shape[-1] for part in parts]
-        tiled = [part[:, :, None].expand(-1, -1, N, -1) for part in parts[1:]]  # (B, T, e) -> (B, T, N, e)
+        tiled = [part.expand(-1, -1, N, -1) for part in parts[1:]]  # a copy for every token: (B, T, N, e)
         x = torch.cat([z["visual"], *tiled], dim=-1)  # (B, T, N, D)
         visual, proprio, _ = self(x.flatten(1, 2)).view(x.shape).split(widths, dim=-1)
         return {"visual": visual, "proprio": proprio}
@@ -164,7 +164,7 @@ class RWMPredictor(nn.Module):
         return state + self.mean(h), log_std.exp(), memory
 
     def step(self, z, action):
-        state, memory = torch.cat([z["visual"][:, :, 0], z["proprio"]], dim=-1), z.get("memory")
+        state, memory = torch.cat([z["visual"], z["proprio"]], dim=-1)[:, :, 0], z.get("memory")
         if memory is not None:  # the last frame alone is new
             state, action = state[:, -1:], action[:, -1:]
         mean, std, memory = self(state, action, memory)
@@ -245,7 +245,7 @@ class ACPredictor(nn.Module):
         return self.predictor_proj(x[:, :, 2:]).flatten(1, 2), states + change
 
     def step(self, z, action):
-        visual, proprio = self(z["visual"].flatten(1, 2), action, z["proprio"])
+        visual, proprio = self(z["visual"].flatten(1, 2), action, z["proprio"][:, :, 0])
         visual = F.layer_norm(visual, visual.shape[-1:]).view(z["visual"].shape)
         return {"visual": visual, "proprio": proprio[:, :, None]}
 
@@ -355,9 +355,10 @@ class WorldModel(nn.Module):
 
     def predict(self, z, action_emb):
         """Latents of T <= num_hist frames and the actions taken there -> latents of the T next frames; the proprio
-        (B, T, copies, e), where `vit` predicts a copy with every token. `rwm` adds a memory and, given it, predicts the
-        last frame's successor alone."""
-        return self.predictor.step(z, action_emb)
+        (B, T, copies, e), where `vit` predicts a copy with every token and takes them, too. `rwm` adds a memory and,
+        given it, predicts the last frame's successor alone."""
+        copies = z["proprio"] if z["proprio"].ndim == 4 else z["proprio"][:, :, None]
+        return self.predictor.step(z | {"proprio": copies}, action_emb)
 
     def error(self, predicted, target):
         """The mean error over all numbers of `predict`'s latents but the action's, that of the visual ones, and that of
@@ -401,16 +402,18 @@ class WorldModel(nn.Module):
         actions: (B, T, A), one per frame from the first of z0 on, in the world's units.
         Returns latents of T + 1 frames. The window grows to num_hist frames, then slides; `rwm` remembers all.
         """
-        z, memory, action_emb, H = z0, {}, self.encode_action(actions), self.num_hist
+        memory, action_emb, H = {}, self.encode_action(actions), self.num_hist
+        z = z0 | {"proprio": z0["proprio"][:, :, None]}  # (B, T0, copies, e)
         for t in range(z0["visual"].shape[1], actions.shape[1] + 1):  # t frames are known
             window = {name: latent[:, -H:] for name, latent in z.items()}
             after = self.predict(window | memory, action_emb[:, max(t - H, 0) : t])
             memory = {name: after[name] for name in after.keys() - z.keys()}
+            copies = z["proprio"].expand(-1, -1, after["proprio"].shape[2], -1)  # `vit` goes on from every token's own
             z = {
                 "visual": torch.cat([z["visual"], after["visual"][:, -1:]], dim=1),
-                "proprio": torch.cat([z["proprio"], after["proprio"][:, -1:, 0]], dim=1),
+                "proprio": torch.cat([copies, after["proprio"][:, -1:]], dim=1),
             }
-        return z
+        return z | {"proprio": z["proprio"][:, :, 0]}
 
     # -- checkpoints: tensors and plain values only, so that they load with weights_only=True ----------------
 

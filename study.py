@@ -35,8 +35,9 @@ import torch
 from tqdm import tqdm
 
 import plan
+import released
 import train
-from data import SHIFTS, Dataset, UserError, Workers, make_env, natural, positive, run_script, write_atomic
+from data import SHIFTS, UserError, Workers, make_env, natural, positive, run_script, write_atomic
 from predictor import WorldModel, available_device, build_eyes
 
 matplotlib.use("Agg")
@@ -160,7 +161,7 @@ def measure(args, env_name, encoder, seed):
     result["latent_error"] = float(last["val_visual"]) / float(last["copy"])
     settings.horizon_error, settings.ckpt = args.drift, [str(directory)]
     result["drift"] = plan.horizon_error(env, [model], settings, args.device)[str(directory)]
-    dataset = Dataset(model.world["data"])
+    dataset = released.open_dataset(model.world["data"])
     rows = [dataset.rows(episodes) for episodes in dataset.split()]
     rows = [r[:: -(-len(r) // most)] for r, most in zip(rows, (4000, 1000), strict=True)]
     tokens = train.token_cache(model.encoder, dataset, args.device)

@@ -1,5 +1,6 @@
 """Every claim of the components, in minutes, on a CPU:  python -m pytest -q test_all.py"""
 
+import contextlib
 import copy
 import errno
 import io
@@ -11,7 +12,9 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import urllib.error
+import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -21,13 +24,16 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+from torchvision import transforms
 
 import cem
 import data
 import encoders
 import plan
 import predictor
+import released
 import study
 import train
 import vae_mdnrnn as wm
@@ -1399,11 +1405,13 @@ def test_every_transition_is_causal_and_its_rollout_is_its_steps(name, num_patch
         torch.testing.assert_close(shorter["visual"], before["visual"][:, :2])  # a shorter window is a prefix
 
         imagined = model.rollout({k: latent[:, :1] for k, latent in z.items()}, batch["action"][:, :5])
+        known = {"visual": z["visual"][:, :1], "proprio": z["proprio"][:, :1, None].expand_as(before["proprio"][:, :1])}
         for t in range(1, 6):
             first = 0 if name == "rwm" else max(t - 3, 0)  # a GRU's memory is as long as what it has read
-            window = {k: latent[:, first:t] for k, latent in imagined.items()}
-            after = model.predict(window, actions[:, first:t])
-            torch.testing.assert_close(imagined["visual"][:, t], after["visual"][:, -1])
+            after = model.predict({k: latent[:, first:t] for k, latent in known.items()}, actions[:, first:t])
+            known = {k: torch.cat([latent, after[k][:, -1:]], dim=1) for k, latent in known.items()}
+            torch.testing.assert_close(imagined["visual"][:, t], known["visual"][:, t])
+            torch.testing.assert_close(imagined["proprio"][:, t], known["proprio"][:, t, 0])  # the first token's
 
 
 def test_one_rollout_step_is_teacher_forcing_bit_for_bit():
@@ -1926,3 +1934,459 @@ def test_training_starts_from_a_released_predictor(workplace, script):
     assert code == 0, err
     trained = predictor.load_checkpoint("runs/fits")["model"]
     assert all(torch.equal(trained[f"predictor.{k}"], v) for k, v in fits.items())  # the learning rate was 0
+
+
+# -- released.py, and the world of the released data ---------------------------------------------------------
+
+
+def test_pointmaze_d4rl_follows_the_published_model():
+    """D4RL's maze2d-umaze, geom by geom, and 500 steps of it as its environment takes them."""
+    import mujoco
+
+    spec = mujoco.MjSpec()
+    spec.option.timestep, spec.option.gravity, spec.option.iterations = 0.01, [0, 0, 0], 20
+    spec.option.integrator = mujoco.mjtIntegrator.mjINT_EULER
+    box, sphere, plane = (getattr(mujoco.mjtGeom, f"mjGEOM_{kind}") for kind in ("BOX", "SPHERE", "PLANE"))
+    contact = dict(condim=1, margin=0.002, friction=[0.5, 0.1, 0.1], density=1000)
+    world = spec.worldbody
+    world.add_geom(type=plane, size=[40, 40, 0.25], pos=[0, 0, -0.1], contype=1, conaffinity=0, **contact)
+    ball = world.add_body(name="ball", pos=[1.2, 1.2, 0])
+    ball.add_geom(type=sphere, size=[0.1, 0, 0], contype=1, conaffinity=1, **contact)
+    for name, axis in (("ball_x", [1, 0, 0]), ("ball_y", [0, 1, 0])):
+        ball.add_joint(name=name, type=mujoco.mjtJoint.mjJNT_SLIDE, axis=axis, damping=[1, 0, 0])
+        motor = spec.add_actuator(name=name, target=name, trntype=mujoco.mjtTrn.mjTRN_JOINT, gear=[100, 0, 0, 0, 0, 0])
+        motor.ctrllimited, motor.ctrlrange = True, [-1, 1]
+    for row, cells in enumerate(["#####", "#GOO#", "###O#", "#OOO#", "#####"]):
+        for col in (i for i, cell in enumerate(cells) if cell == "#"):
+            world.add_geom(
+                type=box, size=[0.5, 0.5, 0.2], pos=[row + 1, col + 1, 0], contype=2, conaffinity=1, **contact
+            )
+    model = spec.compile()
+    simulation = mujoco.MjData(model)
+
+    env, rng, touching = data.make_env("pointmaze-d4rl"), np.random.default_rng(0), 0
+    state = env.sample_state(rng)
+    env.set_state(state)
+    simulation.qpos[:], simulation.qvel[:] = state[:2], state[2:]
+    for action in rng.uniform(-1.2, 1.2, (50, 2)).repeat(10, axis=0):  # held, so that the walls are reached
+        simulation.qvel[:] = simulation.qvel.clip(-5, 5)
+        simulation.ctrl[:] = action.clip(-1, 1)
+        mujoco.mj_step(model, simulation, 5)
+        env.step(action, render=False)
+        np.testing.assert_allclose(env.state, np.r_[simulation.qpos, simulation.qvel], atol=1e-6)
+        touching += any(box in model.geom_type[contact.geom] for contact in simulation.contact)
+    assert touching > 50
+
+
+def test_pointmaze_d4rl_is_seen_through_mujoco_pys_free_camera():
+    env = data.make_env("pointmaze-d4rl", 224)
+    side = 2 * (5.5 + 0.235 + 4) * np.tan(np.pi / 8)  # metres in view: its distance is the model's extent
+    for x, y in [(0.8, 0.8), (0.8, 2.8), (2.8, 2.8), (2.8, 1.0)]:
+        env.set_state(np.array([x, y, 0, 0]))
+        frame = env.observe()["visual"].astype(float)
+        green = (frame[..., 1] - frame[..., [0, 2]].max(-1)).clip(min=30) - 30
+        rows, cols = np.indices(green.shape)
+        center = np.array([(green * cols).sum(), (green * rows).sum()]) / green.sum() + 0.5
+        np.testing.assert_allclose(center, 112 + 224 / side * (np.array([x, y]) + 1.2 - 3), atol=1)
+    wall, floor = frame[112 - 224 // 4, 112], frame[5, 5:60]  # rows grow with y, columns with x
+    assert wall[0] > wall[1] > wall[2] and (floor[:, 2] > floor[:, 0]).all()  # sand; a blue checker
+    assert len({tuple(pixel) for pixel in floor.round(-1)}) >= 2
+
+
+def test_pointmaze_d4rl_poses_the_releases_problems():
+    env = data.make_env("pointmaze-d4rl")
+    rng = np.random.RandomState(99 * 3 + 1)
+    expected = []
+    while len(expected) < 2:
+        x, y = rng.uniform(0.5, 3.1), rng.uniform(0.5, 3.1)
+        in_a_leg, in_the_bend = not 1.1 < x < 2.5, 1.1 < x < 2.5 and 2.5 <= y
+        if in_a_leg or in_the_bend:
+            expected.append([x, y, rng.uniform(-5.2262554, 5.2262554), rng.uniform(-5.2262554, 5.2262554)])
+    np.testing.assert_array_equal(env.sample_problem(99, 3), expected)
+    args = types.SimpleNamespace(seed=[99, 7], n_evals=4, goal_H=5)
+    starts, goals = plan.make_problems(env, args, 5)
+    np.testing.assert_array_equal([starts[3], goals[3]], expected)
+    np.testing.assert_array_equal(starts[5], env.sample_problem(7, 1)[0])
+    here, away, behind = np.array([[1, 1, 0, 0], [1.4, 1, 3, 3], [1.6, 1, 0, 0]], float)
+    assert env.goal_reached(here, away) and not env.goal_reached(here, behind)  # less than 0.5 m, whatever the speed
+    assert env.free[tuple(np.round(starts[:, :2] + 0.2).astype(int).T)].all()
+
+
+LENGTHS = [30, 26, 30, 28, 30, 30, 27, 30, 30, 30]
+
+
+@pytest.fixture(scope="session")
+def archive_content(tmp_path_factory):
+    """The released format: ten episodes, padded, the padding not a number; frame t of episode e begins with (e, t)."""
+    path = tmp_path_factory.mktemp("released") / "point_maze"
+    (path / "obses").mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(10, 30, 4, generator=generator, dtype=torch.float64)
+    states[..., :2] = states[..., :2].clamp(-0.1, 0.1) + 0.8
+    actions = torch.rand(10, 30, 2, generator=generator) * 2 - 1
+    for e, length in enumerate(LENGTHS):
+        states[e, length:], actions[e, length:] = torch.nan, torch.nan
+        frames = torch.randint(256, (length, 32, 32, 3), generator=generator, dtype=torch.uint8)
+        frames[:, 0, 0, 0], frames[:, 0, 0, 1] = e, torch.arange(length)
+        torch.save(frames, path / "obses" / f"episode_{e:03d}.pth")
+    for name, tensor in (("states", states), ("actions", actions), ("seq_lengths", torch.tensor(LENGTHS))):
+        torch.save(tensor, path / f"{name}.pth")
+    return path
+
+
+@pytest.fixture
+def archive(archive_content, tmp_path, monkeypatch):
+    """A copy of it, in an empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(archive_content, tmp_path / "point_maze")).relative_to(tmp_path)
+
+
+def test_the_released_data_set(archive, monkeypatch):
+    dataset = released.open_dataset(archive)
+    actions, states = (torch.load(archive / f"{name}.pth") for name in ("actions", "states"))
+    rows = torch.cat([states[e, :length] for e, length in enumerate(LENGTHS)]).float()
+    statistics = dataset.statistics()
+    np.testing.assert_array_equal(statistics["proprio"][0], rows.mean(0))
+    np.testing.assert_array_equal(statistics["proprio"][1], rows.std(0))  # n - 1, and all episodes
+    np.testing.assert_array_equal(dataset.actions[30:56], actions[1, :26])
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(42)).tolist()
+    assert [part.tolist() for part in dataset.split()] == [sorted(order[:9]), order[9:]]
+    assert (dataset.meta["env"], dataset.meta["img_size"], dataset.frames.shape) == (
+        "pointmaze-d4rl",
+        32,
+        (291, 32, 32, 3),
+    )
+
+    opened, read = [], released.read_tensor
+    monkeypatch.setattr(released, "read_tensor", lambda path: opened.append(path.name) or read(path))
+    frames = dataset.frames[np.array([29, 30, 57])]
+    assert frames[:, 0, 0, :2].tolist() == [[0, 29], [1, 0], [2, 1]]
+    assert dataset.frames[54:58][:, 0, 0, :2].tolist() == [[1, 24], [1, 25], [2, 0], [2, 1]]
+    assert opened == ["episode_000.pth", "episode_001.pth", "episode_002.pth"] + ["episode_001.pth", "episode_002.pth"]
+    assert dataset.frames[30].shape == (32, 32, 3) and dataset.frames[::100].shape == (3, 32, 32, 3)
+
+    windows = data.Windows(dataset, np.arange(10), num_frames=4, frameskip=5)
+    assert len(windows) == sum(length - 20 + 1 for length in LENGTHS)
+    batch = windows.batch(np.array([12]), np.arange(291)[:, None, None])  # the second of episode 1, which begins at 30
+    assert batch["visual"].ravel().tolist() == [31, 36, 41, 46]
+    np.testing.assert_array_equal(batch["action"][0, 1], actions[1, 6:11].ravel())
+
+
+def test_the_released_data_set_trains_plans_and_is_described(archive, script):
+    code, _, err = script("train", "--data", archive, "--encoder", "patches", *TINY, "--name", "tiny")
+    assert code == 0, err
+    for extra in ([], ["--goal-source", "dset"]):
+        code, _, err = script("plan", "--ckpt", "runs/tiny", *BUDGET, *extra)
+        assert code == 0, err
+    results = json.loads(Path("plan_outputs/tiny/results.json").read_text())
+    assert results["n_evals"] == 3 and len(results["success_by_iter"]) == 1
+    code, out, _ = script("released", archive)
+    assert code == 0 and "10 episodes of 26 to 30 rows" in out and "(291, 32, 32, 3)" in out
+    code, _, err = script("train", "--data", archive, "--env", "pointmaze")
+    assert code == 2 and "point_maze was collected in 'pointmaze-d4rl', not --env pointmaze" in err
+
+
+def rewrite(path, change):
+    torch.save(change(torch.load(path)), path)
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda p: (p / "actions.pth").unlink(), "no file at point_maze/actions.pth"),
+        (lambda p: (p / "obses" / "episode_004.pth").unlink(), "no file at point_maze/obses/episode_004.pth"),
+        (lambda p: rewrite(p / "actions.pth", lambda a: a.index_fill(1, torch.tensor([7]), torch.nan)),
+         "point_maze/actions.pth: actions of episode 0 are not finite"),
+        (lambda p: rewrite(p / "states.pth", lambda s: s[:, :20]), "point_maze/states.pth: (10, 20, 4) has no room"),
+        (lambda p: rewrite(p / "seq_lengths.pth", lambda n: n[:8]), "has no room for the 8 episodes"),
+        (lambda p: rewrite(p / "obses" / "episode_002.pth", lambda f: f[:11]),
+         "point_maze/obses/episode_002.pth: 11 frames, where seq_lengths.pth says 30"),
+        (lambda p: rewrite(p / "obses" / "episode_003.pth", lambda f: f.float()), "of torch.float32 are not (T, H"),
+        (lambda p: rewrite(p / "seq_lengths.pth", lambda n: n * 0), "seq_lengths.pth is not one whole number of steps"),
+        (lambda p: (p / "states.pth").write_bytes(b"half"), "point_maze/states.pth is damaged"),
+        (lambda p: torch.save({"states": 1}, p / "states.pth"), "states.pth is damaged, or does not hold a tensor"),
+    ],
+)  # fmt: skip
+def test_a_released_data_set_that_is_not_whole(archive, script, damage, message):
+    damage(archive)
+    code, _, err = script("train", "--data", archive, "--encoder", "patches")
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+    assert not Path("runs").exists()
+
+
+# The release's modules, as far as their pickles and their arithmetic go: attention with an explicit softmax, its mask
+# an attribute and no buffer, both embeddings convolutions of kernel size 1.
+
+
+class TheirAttention(nn.Module):
+    def __init__(self, dim, heads, mask):
+        super().__init__()
+        self.heads, self.norm = heads, nn.LayerNorm(dim)
+        self.to_qkv, self.to_out = nn.Linear(dim, 3 * 64 * heads, bias=False), nn.Sequential(nn.Linear(64 * heads, dim))
+        self.attend, self.bias = nn.Softmax(dim=-1), mask
+
+    def forward(self, x):
+        q, k, v = (y.unflatten(-1, (self.heads, 64)).transpose(1, 2) for y in self.to_qkv(self.norm(x)).chunk(3, -1))
+        dots = (q @ k.mT / 8).masked_fill(self.bias[: x.shape[1], : x.shape[1]] == 0, -torch.inf)
+        return self.to_out((self.attend(dots) @ v).transpose(1, 2).flatten(2))
+
+
+class TheirFeedForward(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        layers = nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(0.1), nn.Linear(hidden, dim), nn.Dropout(0.1)
+        self.net = nn.Sequential(nn.LayerNorm(dim), *layers)
+
+
+class TheirTransformer(nn.Module):
+    def __init__(self, dim, mask):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.layers = nn.ModuleList(
+            nn.ModuleList([TheirAttention(dim, 2, mask), TheirFeedForward(dim, 8)]) for _ in range(2)
+        )
+
+
+class TheirViT(nn.Module):
+    def __init__(self, dim, length, patches):
+        super().__init__()
+        self.pos_embedding = nn.Parameter(torch.randn(1, length, dim))
+        frame = torch.arange(length) // patches
+        self.transformer = TheirTransformer(dim, (frame[:, None] >= frame).float())
+
+    def forward(self, x):
+        x = x + self.pos_embedding[:, : x.shape[1]]
+        for attention, feed_forward in self.transformer.layers:
+            x = attention(x) + x
+            x = feed_forward.net(x) + x
+        return self.transformer.norm(x)
+
+
+class TheirEmbedding(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.patch_embed = nn.Conv1d(width, 10, kernel_size=1, stride=1)
+
+
+class TheirDecoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("cluster_size", torch.zeros(3))
+        self.upsample_b = nn.ModuleDict({"blocks": nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())})
+
+
+class TheirOptimizer:
+    def __init__(self, optimizer):
+        self.optimizer, self.device = optimizer, torch.device("cpu")
+
+
+HOMES = {
+    TheirAttention: "models.vit.Attention", TheirFeedForward: "models.vit.FeedForward",
+    TheirTransformer: "models.vit.Transformer", TheirViT: "models.vit.ViTPredictor",
+    TheirEmbedding: "models.proprio.ProprioceptiveEmbedding", TheirDecoder: "models.vqvae.VQVAE",
+    TheirOptimizer: "accelerate.optimizer.AcceleratedOptimizer",
+}  # fmt: skip
+
+
+def save_as_released(content, path):
+    """torch.save, with the classes above in the modules where the release has them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kind, home in HOMES.items():
+            kind.__module__, _, kind.__qualname__ = home.rpartition(".")
+            for name in (home.partition(".")[0], kind.__module__):
+                patch.setitem(sys.modules, name, sys.modules.get(name) or types.ModuleType(name))
+            setattr(sys.modules[kind.__module__], kind.__qualname__, kind)
+        torch.save(content, path)
+
+
+SETTINGS = """
+img_size: 32
+frameskip: 5
+concat_dim: 1
+action_emb_dim: 10
+num_action_repeat: 1
+proprio_emb_dim: 10
+num_proprio_repeat: 1
+num_hist: 3
+num_pred: 1
+has_decoder: true
+env: {name: point_maze, dataset: {normalize_action: true, data_path: point_maze}}
+encoder: {_target_: models.dino.DinoV2Encoder, name: dinov2_vits14, feature_key: x_norm_patchtokens}
+predictor: {_target_: models.vit.ViTPredictor, depth: 2, heads: 2, mlp_dim: 8, dropout: 0.1, emb_dropout: 0, pool: mean}
+"""
+
+
+@pytest.fixture
+def released_run(archive):
+    """A run in the released format, of the width of DINOv2's tokens, on 32 px frames: 4 patches."""
+    run = Path("outputs") / "pm"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "hydra.yaml").write_text(SETTINGS)
+    vit = TheirViT(384 + 20, 3 * 4, 4)
+    optimizer = torch.optim.AdamW(vit.parameters())
+    vit(torch.randn(1, 4, 404)).sum().backward()
+    optimizer.step()  # its state is a defaultdict of tensors
+    content = dict(epoch=3, predictor=vit, predictor_optimizer=TheirOptimizer(optimizer), decoder=TheirDecoder(),
+                   action_encoder=TheirEmbedding(10), proprio_encoder=TheirEmbedding(4))  # fmt: skip
+    save_as_released(content, run / "checkpoints" / "model_latest.pth")
+    return run, content
+
+
+def test_a_released_run_computes_what_its_modules_did(released_run):
+    run, theirs = released_run
+    model = released.load_model(run, weights="random")
+    assert (model.encoder.name, model.encoder.img_size, model.encoder.num_patches) == ("dinov2", 28, 4)
+    statistics = released.open_dataset("point_maze").statistics()
+    torch.testing.assert_close(model.proprio_std, torch.from_numpy(statistics["proprio"][1]), rtol=0, atol=0)
+    z, actions = {"visual": torch.randn(2, 1, 4, 384), "proprio": torch.randn(2, 1, 10)}, torch.rand(2, 5, 10)
+    mean, std = (torch.from_numpy(s).repeat(5) for s in statistics["action"])
+    with torch.no_grad():
+        embed = lambda part, x: theirs[part].patch_embed(x.mT).mT  # noqa: E731
+        state = torch.randn(2, 1, 4)
+        expected = embed("proprio_encoder", (state - model.proprio_mean) / model.proprio_std)
+        torch.testing.assert_close(model.encode({"visual": z["visual"], "proprio": state})["proprio"], expected)
+        # their rollout: whole tokens go back in, only the action's part is replaced
+        a = embed("action_encoder", (actions - mean) / std)[:, :, None].expand(-1, -1, 4, -1)
+        x = torch.cat([z["visual"], z["proprio"][:, :, None].expand(-1, -1, 4, -1), a[:, :1]], dim=-1)  # (B, 1, N, D)
+        for t in range(1, 6):
+            after = theirs["predictor"].eval()(x[:, -3:].flatten(1, 2)).view(2, -1, 4, 404)[:, -1:]
+            if t < 5:
+                after[..., -10:] = a[:, t : t + 1]
+            x = torch.cat([x, after], dim=1)
+        imagined = model.rollout(z, actions)
+    torch.testing.assert_close(imagined["visual"], x[..., :384], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(imagined["proprio"], x[:, :, 0, 384:394], rtol=1e-4, atol=1e-5)
+    _, tensors = released.read_run(run)
+    assert {k for k in tensors if k.startswith("decoder.")} == {
+        "decoder.cluster_size", "decoder.upsample_b.blocks.0.weight", "decoder.upsample_b.blocks.0.bias"
+    }  # fmt: skip
+
+
+def test_a_released_encoder_that_was_trained_comes_over(released_run):
+    run, content = released_run
+    eyes = encoders.build_encoder("dinov2", weights="random").vit  # 196 px; the run's are 28
+    content["encoder"] = nn.Module()
+    for name, tensor in {f"base_model.{k}": v for k, v in eyes.state_dict().items()}.items():
+        *parents, leaf = name.split(".")
+        module = content["encoder"]
+        for parent in parents:
+            module._modules.setdefault(parent, nn.Module())
+            module = module._modules[parent]
+        module.register_parameter(leaf, nn.Parameter(tensor))
+    save_as_released(content, run / "checkpoints" / "model_latest.pth")
+    model = released.load_model(run)
+    resampled = encoders.resample_positions(eyes.pos_embed, 5)
+    torch.testing.assert_close(model.encoder.vit.pos_embed, resampled, rtol=0, atol=0)
+    torch.testing.assert_close(model.encoder.vit.blocks[3].attn.qkv.weight, eyes.blocks[3].attn.qkv.weight)
+
+
+def test_a_released_run_plans_at_once_or_converted(released_run, script):
+    run, _ = released_run
+    code, _, err = script("plan", "--ckpt", run, "--weights", "random", *BUDGET)
+    assert code == 0, err
+    assert json.loads(Path("plan_outputs/pm/results.json").read_text())["n_evals"] == 3
+    code, out, err = script("plan", "--ckpt", run, "--weights", "random", "--convert", "runs/pm")
+    assert code == 0 and "python plan.py --ckpt runs/pm" in out, err
+    code, _, err = script("plan", "--ckpt", "runs/pm", *BUDGET, "--goal-source", "dset")
+    assert code == 0, err
+    code, out, _ = script("released", run)
+    assert code == 0 and "predictor.blocks.1.0.to_qkv.weight" in out and "depth: 2" in out
+    code, _, err = script("plan", "--ckpt", run, "--weights", "random", "--convert", "runs/pm")
+    assert code == 2 and "runs/pm is a run already" in err
+    code, _, err = script("plan", "--ckpt", "runs/pm", "--convert", "runs/again")
+    assert code == 2 and "runs/pm is a run of ours" in err
+
+
+def hydra(old, new):
+    return lambda run: (run / "hydra.yaml").write_text(SETTINGS.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda run: (run / "hydra.yaml").unlink(), "no hydra.yaml in outputs/pm"),
+        (lambda run: (run / "hydra.yaml").write_text("a: [b"), "outputs/pm/hydra.yaml is damaged, or not YAML"),
+        (hydra("num_hist: 3", ""), "outputs/pm/hydra.yaml has no num_hist"),
+        (hydra("depth: 2,", ""), "outputs/pm/hydra.yaml has no predictor.depth"),
+        (hydra("name: point_maze", "name: pusht"), "env.name is pusht, not point_maze"),
+        (hydra("models.dino.DinoV2Encoder", "models.encoder.r3m.load_r3m"), "encoder._target_ is models.encoder.r3m"),
+        (hydra("data_path: point_maze", "data_path: /far"), "are not at /far: give --data"),
+        (hydra("depth: 2,", "depth: 3,"), "do not agree"),
+        (lambda run: (run / "checkpoints" / "model_latest.pth").unlink(), "no checkpoint at outputs/pm/checkpoints"),
+        (lambda run: (run / "checkpoints" / "model_latest.pth").write_bytes(b"PK"), "model_latest.pth is damaged"),
+        (lambda run: torch.save({"epoch": 1}, run / "checkpoints" / "model_latest.pth"), "hold a module 'predictor'"),
+    ],
+)  # fmt: skip
+def test_a_released_run_that_is_not_whole(released_run, script, damage, message):
+    run, _ = released_run
+    damage(run)
+    code, _, err = script("plan", "--ckpt", run, "--weights", "random")
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+    assert not Path("plan_outputs").exists()
+
+
+class Malicious:
+    """Pickles to a call."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    "function, args, name",
+    [
+        (os.system, ("touch owned",), f"{os.system.__module__}.system"),
+        (eval, ("open('owned', 'w')",), "builtins.eval"),
+        (getattr, (complex, "real"), "builtins.getattr"),
+        (torch.load, ("owned",), "torch.serialization.load"),
+        (Path, ("owned",), "pathlib"),
+        (subprocess.Popen, (["touch", "owned"],), "Popen"),
+    ],
+)
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_malicious_checkpoint_is_refused_and_has_no_effect(released_run, script, function, args, name, deep):
+    run, content = released_run
+    bomb = Malicious(function, *args)
+    if deep:  # in the attributes of a module inside a module, behind tensors
+        content["predictor"].transformer.layers[1][0].to_out[0].note = {"a": [torch.zeros(3), (1, bomb)]}
+    else:
+        content["epoch"] = bomb
+    save_as_released(content, run / "checkpoints" / "model_latest.pth")
+    code, _, err = script("plan", "--ckpt", run, "--weights", "random")
+    assert code == 2 and len(err.strip().splitlines()) == 1
+    assert name in err and "which no checkpoint of DINO-WM needs: refused" in err
+    assert not Path("owned").exists() and not Path("plan_outputs").exists()
+
+
+def test_a_shell_has_no_behaviour_and_what_it_is_given_stays_in_it(tmp_path):
+    """State for a known name or a module's class, in place of an instance: nothing outlives the reading."""
+
+    def archive(*body):
+        with zipfile.ZipFile(tmp_path / "x.pth", "w") as file:
+            file.writestr("x/data.pkl", b"\x80\x02" + b"".join(body) + b".")
+        return tmp_path / "x.pth"
+
+    state = b"N}U\x01aK\x01s\x86b"  # BUILD with (None, {"a": 1}): sets attributes
+    for name in (b"torch._utils\n_rebuild_tensor_v2\n", b"models.vit\nAttention\n", b"collections\nOrderedDict\n"):
+        with contextlib.suppress(UserError):
+            released.read_pickle(archive(b"c" + name, state))
+    assert not hasattr(released.Shell, "a") and not hasattr(released.Shell, "state")
+    shell = released.read_pickle(archive(b"cmodels.vit\nAttention\nK\x05\x85R}U\x01aK\x01sb"))
+    assert type(shell) is released.Shell and vars(shell) == {"state": {"a": 1}}
+
+
+def test_the_observation_path_is_the_releases_bit_for_bit():
+    """Frames of 224 px to the 196 px that DINOv2 sees, in torchvision's words and the release's order."""
+    frames = torch.randint(256, (3, 224, 224, 3), dtype=torch.uint8)
+    theirs = transforms.Compose([
+        transforms.Resize(224), transforms.CenterCrop(224), transforms.Normalize([0.5] * 3, [0.5] * 3),
+        transforms.Resize(196),
+    ])  # fmt: skip
+    encoder = encoders.build_encoder("dinov2", weights="random")
+    seen = []
+    encoder.vit.forward_features = lambda x: seen.append(x) or torch.zeros(3, 197, 384)
+    encoder(to_tensor(frames))
+    assert torch.equal(seen[0], theirs((frames / 255.0).permute(0, 3, 1, 2)))

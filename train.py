@@ -30,7 +30,9 @@ import torch
 from tqdm import tqdm
 
 import data
-from data import Dataset, UserError, Windows, natural, positive, run_script, write_atomic
+import released
+from data import UserError, Windows, natural, positive, run_script, write_atomic
+from encoders import chunks
 from predictor import PREDICTORS, WorldModel, available_device, build_eyes, load_checkpoint
 from vae_mdnrnn import to_tensor
 
@@ -51,10 +53,10 @@ def get_args(argv=None):
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--env", default="pointmaze", help="the world; its data are collected if they are not there")
-    add("--data", help="data set folder (default: datasets/ENV, or datasets/ENV_SIZE for --img-size)")
+    add("--env", help="the world; its data are collected if they are not there (default: the data set's, or pointmaze)")
+    add("--data", help="data set folder, ours or DINO-WM's point_maze (default: datasets/ENV, or datasets/ENV_SIZE)")
     add("--episodes", type=positive, default=3000, help="episodes to collect if there is no data set")
-    add("--img-size", type=positive, default=64, help="side of the frames in the data set, in pixels")
+    add("--img-size", type=positive, help="side of the frames in the data set, in pixels (default: its own, or 64)")
     add("--encoder", default="pca", help="what turns a frame into tokens; python encoders.py lists them. "
         "state: no frames, the true state")  # fmt: skip
     add("--encoder-size", help="of its backbone: small, base, large, huge, giant, as far as it has them")
@@ -83,6 +85,8 @@ def get_args(argv=None):
     add("--overwrite", action="store_true", help="start anew although runs/NAME is there")
     add("--device", type=available_device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
+    world = released.open_dataset(args.data).meta if args.data else {"env": "pointmaze", "img_size": 64}
+    args.env, args.img_size = args.env or world["env"], args.img_size or world["img_size"]
     if args.encoder_size:
         args.encoder += f"-{args.encoder_size}"
     args.name = args.name or f"{args.env}_{args.encoder}" + f"_{args.predictor}" * (args.predictor != "vit")
@@ -114,7 +118,7 @@ def open_dataset(args):
     default = Path(f"datasets/{args.env}" + (f"_{args.img_size}" if args.img_size != 64 else ""))
     if args.data is None and not default.exists():
         data.collect(default, args.env, args.episodes, 20, args.frameskip, args.img_size, args.seed)
-    dataset = Dataset(args.data or default)
+    dataset = released.open_dataset(args.data or default)
     if dataset.meta["env"] != args.env:
         raise UserError(f"{dataset.path} was collected in '{dataset.meta['env']}', not --env {args.env}")
     if dataset.meta["img_size"] != args.img_size:
@@ -162,8 +166,9 @@ class TokensOnDemand:
     @torch.no_grad()
     def __getitem__(self, rows):
         """rows (B, T) -> tokens (B, T, N, d)."""
-        frames = self.dataset.frames[rows]  # (B, T, H, W, 3)
-        return np.stack([self.encoder(to_tensor(clip, self.device)).cpu().numpy() for clip in frames])
+        seen, where = np.unique(rows, return_inverse=True)
+        tokens = [self.encoder(to_tensor(frames, self.device)) for frames in chunks(self.dataset.frames[seen], 64)]
+        return torch.cat(tokens).cpu().numpy()[where.reshape(rows.shape)]
 
 
 def batches(windows, tokens, batch_size, device, order):
