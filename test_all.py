@@ -1433,6 +1433,43 @@ def test_gradient_goes_through_the_rollout(name, num_patches):
     assert (gradient.abs().amax((0, 2)) > 0).all()  # num_hist is 2: the first three act through predictions alone
 
 
+@pytest.mark.parametrize("name, num_patches", [("vit", 4), ("rwm", 1), ("vjepa2_ac", 4)])
+def test_gradient_goes_through_the_last_frames_alone(name, num_patches):
+    model, batch = tiny_transition(name, num_patches, num_hist=1 if name != "rwm" else 2)
+    actions = batch["action"][:, :5].requires_grad_()
+    z0 = {k: latent[:, :1].detach() for k, latent in model.encode(batch).items()}
+    whole = model.rollout(z0, actions)["visual"]
+    for steps in (1, 2, 3, 5, 9):
+        z = model.rollout(z0, actions, steps)["visual"]
+        assert torch.equal(z, whole)
+        (gradient,) = torch.autograd.grad(z[:, -1].square().sum(), actions)
+        assert [bool(g) for g in gradient.abs().amax((0, 2)) > 0] == [t >= 5 - steps for t in range(5)]
+
+
+def test_truncated_gradient_by_hand():
+    model, batch = tiny_transition("vit", 4)
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    K, z = 4, {k: latent.detach() for k, latent in model.encode(batch).items()}
+    z0 = {k: latent[:, :1] for k, latent in model.encode(batch).items()}  # true: its gradient goes on to phi
+    actions, known, error = model.encode_action(batch["action"]), [z0], 0
+    for t in range(1, K + 1):  # frames 1 and 2 are cut off; 3 goes on to 4
+        window = {k: torch.cat([latent[k] for latent in known[-3:]], 1) for k in z}
+        after = model.predict(window, actions[:, max(t - 3, 0) : t])
+        new = {"visual": after["visual"][:, -1:], "proprio": after["proprio"][:, -1:, 0]}
+        error += sum(F.mse_loss(new[k], z[k][:, t : t + 1]) * z[k].shape[-1] for k in z) / 16 / K
+        known.append({k: latent.detach() if t < 3 else latent for k, latent in new.items()})
+    loss = model.loss(batch, K, grad_steps=2)[0] - model.loss(batch)[0]
+    torch.testing.assert_close(loss, error)
+    grads = lambda value: torch.autograd.grad(value, parameters, allow_unused=True)  # noqa: E731
+    ours, expected = grads(loss), grads(error)
+    for name, a, b in zip(names, ours, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=name)
+    through_all = grads(model.loss(batch, K)[0] - model.loss(batch)[0])
+    assert max((a - b).abs().max() for a, b in zip(ours, through_all, strict=True)) > 1e-4
+    for a, b in zip(through_all, grads(model.loss(batch, K, grad_steps=K)[0] - model.loss(batch)[0]), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_rwm_trains_on_samples_and_imagines_means():
     model, batch = tiny_transition("rwm")
     z = model.encode(batch)
