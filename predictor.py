@@ -369,9 +369,9 @@ class WorldModel(nn.Module):
         proprio = criterion(predicted["proprio"], proprio) if e else visual.new_zeros(())
         return (d * visual + e * proprio) / (d + e), visual, proprio
 
-    def loss(self, batch, rollout_steps=1, decay=1.0):
+    def loss(self, batch, rollout_steps=1, decay=1.0, grad_steps=None):
         """Teacher forcing, one step ahead of H frames in parallel; with K = `rollout_steps` > 1 also the mean over K
-        imagined frames, the k-th weighed by decay^k, with the gradient through all of them.
+        imagined frames, the k-th weighed by decay^k, with the gradient through the last `grad_steps` (None: all).
 
         batch: {"visual": tokens (B, H + K, N, d), "proprio": (B, H + K, P), "action": (B, H + K, A)}.
         Returns the loss and its parts, {"visual", "proprio"} of the first term, each the mean over its own numbers, and
@@ -386,7 +386,7 @@ class WorldModel(nn.Module):
         parts = {"visual": visual.item(), "proprio": proprio.item()}
         if rollout_steps > 1:
             start, rollout = self.context, 0.0
-            imagined = self.rollout(frames(0, start), batch["action"][:, : start + rollout_steps - 1])
+            imagined = self.rollout(frames(0, start), batch["action"][:, : start + rollout_steps - 1], grad_steps)
             for k in range(rollout_steps):
                 now = slice(start + k, start + k + 1)
                 predicted = {"visual": imagined["visual"][:, now], "proprio": imagined["proprio"][:, now, None]}
@@ -395,19 +395,24 @@ class WorldModel(nn.Module):
             loss, parts["rollout"] = loss + rollout, rollout.item()
         return loss, parts
 
-    def rollout(self, z0, actions):
+    def rollout(self, z0, actions, grad_steps=None):
         """Imagines what `actions` lead to.
 
         z0: latents of the first frames (B, T0, ...), as `encode` returns them; planning knows one.
         actions: (B, T, A), one per frame from the first of z0 on, in the world's units.
+        grad_steps: a gradient goes from prediction to prediction through the last so many imagined frames; those before
+            them learn from their own errors alone. None: through all.
         Returns latents of T + 1 frames. The window grows to num_hist frames, then slides; `rwm` remembers all.
         """
         memory, action_emb, H = {}, self.encode_action(actions), self.num_hist
         z = z0 | {"proprio": z0["proprio"][:, :, None]}  # (B, T0, copies, e)
-        for t in range(z0["visual"].shape[1], actions.shape[1] + 1):  # t frames are known
+        T0, cut = z0["visual"].shape[1], actions.shape[1] + 1 - grad_steps if grad_steps else 0
+        for t in range(T0, actions.shape[1] + 1):  # t frames are known
             window = {name: latent[:, -H:] for name, latent in z.items()}
+            if cut > T0:
+                window = {k: torch.cat([v[:, :T0], v[:, T0:cut].detach(), v[:, cut:]], 1)[:, -H:] for k, v in z.items()}
             after = self.predict(window | memory, action_emb[:, max(t - H, 0) : t])
-            memory = {name: after[name] for name in after.keys() - z.keys()}
+            memory = {k: after[k].detach() if t < cut else after[k] for k in after.keys() - z.keys()}
             copies = z["proprio"].expand(-1, -1, after["proprio"].shape[2], -1)  # `vit` goes on from every token's own
             z = {
                 "visual": torch.cat([z["visual"], after["visual"][:, -1:]], dim=1),

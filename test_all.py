@@ -1027,28 +1027,27 @@ def test_rotary_attention_depends_on_relative_positions_alone():
     assert (score(place, place, released=True) - q @ k).abs() > 1e-3  # the slip in the released weights' positions
 
 
-def test_block_masks_are_tubes_and_what_is_hidden_is_not_seen():
-    T, side, _ = grid = (3, 6, 6)
-    torch.manual_seed(0)
-    for blocks, area in [(1, 0.3), (2, 0.7), (8, 0.15)] * 5:
-        context, target = encoders.block_masks(7, grid, blocks, area)
+def test_block_masks_hide_boxes_and_what_is_hidden_is_not_seen():
+    T, side, _ = grid = (4, 6, 6)
+    for blocks, area, duration in [(1, 0.3, 1.0), (1, 0.3, 0.5), (2, 0.7, 0.5), (8, 0.15, 0.5)] * 5:
+        context, target = encoders.block_masks(7, grid, blocks, area, duration)
         assert context.shape[1] > 0 and context.shape[1] + target.shape[1] <= T * side**2
-        for seen, hidden in zip(context % side**2, target % side**2, strict=True):  # places, whatever the time
-            assert not set(seen.tolist()) & set(hidden.tolist())
-        if blocks == 1:  # everything that the one block covers, everything that it does not
+        for seen, hidden in zip(context.tolist(), target.tolist(), strict=True):
+            assert len({*seen, *hidden}) == len(seen) + len(hidden)
+        if blocks == 1:  # then all that the block covers, and all that it does not
             assert context.shape[1] + target.shape[1] == T * side**2
             for hidden in target:
-                assert len(hidden.unique()) == len(hidden)
-                t, row, column = hidden // side**2, hidden // side % side, hidden % side
-                extent = [int(x.max() - x.min()) + 1 for x in (t, row, column)]
-                assert extent[0] == T and np.prod(extent) == len(hidden)
-    assert len({tuple(sorted(hidden.tolist())) for hidden in target}) > 1  # each clip has its own
+                place = torch.stack([hidden // side**2, hidden // side % side, hidden % side])
+                extent = (place.amax(1) - place.amin(1) + 1).tolist()
+                assert extent[0] == duration * T and np.prod(extent) == len(hidden)
+                assert extent[1] * extent[2] == pytest.approx(area * side**2, rel=0.3)
+        assert len({tuple(sorted(hidden.tolist())) for hidden in target}) > 1  # each clip has its own
 
 
 def test_the_context_encoder_never_sees_a_target():
     encoder = encoders.build_encoder("vjepa_tiny")
     clips = torch.rand(2, 8, 3, 64, 64)
-    context, target = encoders.block_masks(2, encoder.grid, 2, 0.3)
+    context, target = encoders.block_masks(2, encoder.grid, 2, 0.3, 0.5)
     before, all_before = encoder.vit(clips, context), encoder.vit(clips)
     for clip, hidden in zip(clips, target, strict=True):
         for place in hidden.tolist():
@@ -1062,8 +1061,7 @@ def test_the_context_encoder_never_sees_a_target():
 
 def test_the_masked_predictor_knows_places_not_order():
     predictor = encoders.MaskedPredictor((4, 4, 4), 64, 48, depth=2, heads=2).eval()
-    nn_init = torch.Generator().manual_seed(0)
-    predictor.mask_token.data.normal_(generator=nn_init)
+    predictor.mask_token.data.normal_()
     tokens, context, target = torch.randn(2, 9, 64), torch.arange(9).repeat(2, 1), torch.tensor([[20, 31, 47]] * 2)
     predicted = predictor(tokens, context, target)
     assert predicted.shape == (2, 3, 64) and (predicted[:, 0] - predicted[:, 1]).abs().max() > 1e-3
@@ -1083,7 +1081,9 @@ def test_the_target_encoder_follows_and_learns_nothing_by_itself(frames):
         before = copy.deepcopy(encoder.vit.state_dict())
         encoder.fit(frames, steps=3, batch_size=2, momentum=momentum)
         results[name] = encoder.vit.state_dict()
-        assert encoder.clip_frames == 8 and not any(p.requires_grad for p in encoder.parameters())
+        assert not any(p.requires_grad for p in encoder.parameters())
+        seen = encoder.see(to_tensor(frames))
+        assert seen.mean(0).abs().max() < 1e-4 and seen.std(0).max() < 1
     for key, start in before.items():
         assert torch.equal(results["held"][key], start) and torch.equal(results["again"][key], results["follows"][key])
     assert not torch.equal(results["follows"]["embed.weight"], before["embed.weight"])
@@ -1460,6 +1460,43 @@ def test_gradient_goes_through_the_rollout(name, num_patches):
     z = model.rollout({k: latent[:, :1] for k, latent in model.encode(batch).items()}, actions)
     (gradient,) = torch.autograd.grad(z["visual"][:, -1].square().sum(), actions)
     assert (gradient.abs().amax((0, 2)) > 0).all()  # num_hist is 2: the first three act through predictions alone
+
+
+@pytest.mark.parametrize("name, num_patches", [("vit", 4), ("rwm", 1), ("vjepa2_ac", 4)])
+def test_gradient_goes_through_the_last_frames_alone(name, num_patches):
+    model, batch = tiny_transition(name, num_patches, num_hist=1 if name != "rwm" else 2)
+    actions = batch["action"][:, :5].requires_grad_()
+    z0 = {k: latent[:, :1].detach() for k, latent in model.encode(batch).items()}
+    whole = model.rollout(z0, actions)["visual"]
+    for steps in (1, 2, 3, 5, 9):
+        z = model.rollout(z0, actions, steps)["visual"]
+        assert torch.equal(z, whole)
+        (gradient,) = torch.autograd.grad(z[:, -1].square().sum(), actions)
+        assert [bool(g) for g in gradient.abs().amax((0, 2)) > 0] == [t >= 5 - steps for t in range(5)]
+
+
+def test_truncated_gradient_by_hand():
+    model, batch = tiny_transition("vit", 4)
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    K, z = 4, {k: latent.detach() for k, latent in model.encode(batch).items()}
+    z0 = {k: latent[:, :1] for k, latent in model.encode(batch).items()}  # true: its gradient goes on to phi
+    actions, known, error = model.encode_action(batch["action"]), [z0], 0
+    for t in range(1, K + 1):  # frames 1 and 2 are cut off; 3 goes on to 4
+        window = {k: torch.cat([latent[k] for latent in known[-3:]], 1) for k in z}
+        after = model.predict(window, actions[:, max(t - 3, 0) : t])
+        new = {"visual": after["visual"][:, -1:], "proprio": after["proprio"][:, -1:, 0]}
+        error += sum(F.mse_loss(new[k], z[k][:, t : t + 1]) * z[k].shape[-1] for k in z) / 16 / K
+        known.append({k: latent.detach() if t < 3 else latent for k, latent in new.items()})
+    loss = model.loss(batch, K, grad_steps=2)[0] - model.loss(batch)[0]
+    torch.testing.assert_close(loss, error)
+    grads = lambda value: torch.autograd.grad(value, parameters, allow_unused=True)  # noqa: E731
+    ours, expected = grads(loss), grads(error)
+    for name, a, b in zip(names, ours, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4, msg=name)
+    through_all = grads(model.loss(batch, K)[0] - model.loss(batch)[0])
+    assert max((a - b).abs().max() for a, b in zip(ours, through_all, strict=True)) > 1e-4
+    for a, b in zip(through_all, grads(model.loss(batch, K, grad_steps=K)[0] - model.loss(batch)[0]), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_rwm_trains_on_samples_and_imagines_means():

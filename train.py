@@ -67,8 +67,10 @@ def get_args(argv=None):
     add("--num-pred", type=int, default=1, choices=(1,), help="model steps ahead that it predicts; 1, as released")
     add("--predictor", default="vit", choices=PREDICTORS, help="the transition model")
     add("--predictor-weights", metavar="PATH", help="where vjepa2_ac starts from: a released predictor of its size")
-    add("--rollout-steps", type=positive, help="frames that it imagines in training, the gradient going through all; "
+    add("--rollout-steps", type=positive, help="frames that it imagines in training; "
         "1 is teacher forcing alone (default: its paper's, vit 1, rwm 8, vjepa2_ac 2)")  # fmt: skip
+    add("--rollout-grad", type=positive, metavar="N", help="the gradient goes through the last N of them alone "
+        "(default: through all)")  # fmt: skip
     add("--rollout-decay", type=float, default=1.0, help="weight of an imagined frame, over that of the one before")
     add("--width", type=positive, help="of the stream of vjepa2_ac or the GRU of rwm (default: 128, 256)")
     add("--depth", type=positive, help="layers of the transition model (default: vit 6 for patches, else 4; rwm 2)")
@@ -241,7 +243,8 @@ def train(args):
     encoder = build_eyes(args.encoder, args.encoder_img_size, args.weights if resumed is None else "random")
     dataset = open_dataset(args)
     train_episodes, val_episodes = dataset.split()
-    num_frames, rollout = args.num_hist + args.rollout_steps, (args.rollout_steps, args.rollout_decay)
+    num_frames = args.num_hist + args.rollout_steps
+    rollout = args.rollout_steps, args.rollout_decay, args.rollout_grad
     longest = (dataset.episode_ends - dataset.episode_starts).max() * dataset.meta["frameskip"] // args.frameskip
     if args.num_hist + args.num_pred <= longest < num_frames:
         raise UserError(
