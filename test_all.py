@@ -1480,12 +1480,13 @@ def test_truncated_gradient_by_hand():
     names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
     K, z = 4, {k: latent.detach() for k, latent in model.encode(batch).items()}
     z0 = {k: latent[:, :1] for k, latent in model.encode(batch).items()}  # true: its gradient goes on to phi
+    z0["proprio"] = z0["proprio"][:, :, None].expand(-1, -1, 4, -1)  # a copy for each token
     actions, known, error = model.encode_action(batch["action"]), [z0], 0
     for t in range(1, K + 1):  # frames 1 and 2 are cut off; 3 goes on to 4
         window = {k: torch.cat([latent[k] for latent in known[-3:]], 1) for k in z}
-        after = model.predict(window, actions[:, max(t - 3, 0) : t])
-        new = {"visual": after["visual"][:, -1:], "proprio": after["proprio"][:, -1:, 0]}
-        error += sum(F.mse_loss(new[k], z[k][:, t : t + 1]) * z[k].shape[-1] for k in z) / 16 / K
+        new = {k: latent[:, -1:] for k, latent in model.predict(window, actions[:, max(t - 3, 0) : t]).items()}
+        seen = new | {"proprio": new["proprio"][:, :, 0]}
+        error += sum(F.mse_loss(seen[k], z[k][:, t : t + 1]) * z[k].shape[-1] for k in z) / 16 / K
         known.append({k: latent.detach() if t < 3 else latent for k, latent in new.items()})
     loss = model.loss(batch, K, grad_steps=2)[0] - model.loss(batch)[0]
     torch.testing.assert_close(loss, error)
