@@ -1106,7 +1106,12 @@ def test_a_collapse_is_measured_and_ends_the_fit(frames):
 def test_encoders_are_fitted_to_clips_of_single_episodes(dataset, monkeypatch):
     monkeypatch.setattr(train, "FIT_FRAMES", 20)
     episodes = dataset.split()[0]
-    fit_frames = lambda clip: train.fit_frames(dataset, episodes, clip, np.random.default_rng(0))  # noqa: E731
+
+    def fit_frames(clip_frames):
+        encoder = encoders.build_encoder("patches")
+        encoder.clip_frames = clip_frames
+        return train.fit_frames(encoder, dataset, episodes, np.random.default_rng(0))
+
     alone = np.sort(np.random.default_rng(0).choice(dataset.rows(episodes), 20, replace=False))
     np.testing.assert_array_equal(fit_frames(1), dataset.frames[alone])
     clips = fit_frames(4).reshape(5, 4, *dataset.frames.shape[1:])
@@ -1830,6 +1835,8 @@ def test_linear_probe_and_intervals():
         ("train --rollout-steps 4", "--rollout-steps 4 after --num-hist 3 needs episodes of 7 model steps"),
         ("train --predictor rwm --encoder state", "--rollout-steps 8 after --num-hist 3 needs episodes of 11"),
         ("train --rollout-steps 0", "not a positive whole number"),
+        ("train --rollout-grad 0", "not a positive whole number"),
+        ("train --encoder vjepa_tiny", "--encoder vjepa_tiny learns from clips of 8 rows; the longest episode of"),
         ("train --rollout-decay 1.5", "--rollout-decay 1.5 is not above 0 and at most 1"),
         ("train --predictor lstm", "invalid choice: 'lstm'"),
         ("train --predictor rwm --rollout-steps 1 --heads 2", "--predictor rwm has no --heads"),

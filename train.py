@@ -128,11 +128,17 @@ def open_dataset(args):
     return dataset
 
 
-def fit_frames(dataset, episodes, clip_frames, rng):
-    """The frames (S, H, W, 3) that an encoder is fitted to: FIT_FRAMES at random, in clips of so many in a row."""
-    starts = Windows(dataset, episodes, clip_frames, dataset.meta["frameskip"]).starts
-    first = np.sort(rng.choice(starts, min(FIT_FRAMES // clip_frames, len(starts)), replace=False))
-    return dataset.frames[(first[:, None] + np.arange(clip_frames)).ravel()]
+def fit_frames(encoder, dataset, episodes, rng):
+    """The frames (S, H, W, 3) that an encoder is fitted to: FIT_FRAMES at random, in clips as long as it wants them."""
+    clip, longest = encoder.clip_frames, (dataset.episode_ends - dataset.episode_starts)[episodes].max()
+    if clip > longest:
+        raise UserError(
+            f"--encoder {encoder.name} learns from clips of {clip} rows; the longest episode of {dataset.path} has "
+            f"{longest}: collect longer ones with python data.py --steps"
+        )
+    starts = Windows(dataset, episodes, clip, dataset.meta["frameskip"]).starts
+    first = np.sort(rng.choice(starts, min(FIT_FRAMES // clip, len(starts)), replace=False))
+    return dataset.frames[(first[:, None] + np.arange(clip)).ravel()]
 
 
 @torch.no_grad()
@@ -257,7 +263,7 @@ def train(args):
     single = encoder.num_patches == 1
     sizes = transition_sizes(args, single)
     if resumed is None and hasattr(encoder, "fit"):
-        encoder.to(device).fit(fit_frames(dataset, train_episodes, encoder.clip_frames, rng), seed=args.seed)
+        encoder.to(device).fit(fit_frames(encoder, dataset, train_episodes, rng), seed=args.seed)
     epochs, batch_size = args.epochs or (20 if single else 100), args.batch_size or (128 if single else 32)
     stats = dataset.statistics(train_episodes)
     model = WorldModel(
