@@ -324,7 +324,7 @@ def solve(worlds, cost_for, model, args, device, bar=None):
             return torch.zeros(shape)
         if args.sample_type == "randn":
             return torch.randn(shape, generator=generator, device=device)
-        return (-model.action_mean / model.action_std).expand(shape)  # no force
+        return torch.zeros(shape, device=device) - model.action_mean / model.action_std  # no force
 
     @torch.no_grad()
     def plan(problems, mean):
