@@ -275,13 +275,13 @@ def latent_cost(model, worlds, alpha, device, objective="last", base=2.0):
             for index, chunk in zip(owner.split(piece), actions.flatten(0, 1).split(piece), strict=True):
                 known = {name: latent[index] for name, latent in z0.items()}
                 z = model.rollout(known, torch.cat([taken[index], chunk], dim=1))
-                error = {}
-                for k in z:
-                    if z[k].numel():
-                        frames = z[k][:, -1:] if objective == "last" else z[k][:, H - 1 :]  # (n, 1 or T + 1, ...)
-                        target = goal[k][index].expand_as(frames)
-                        error[k] = model.predictor.criterion(frames, target, reduction="none").flatten(2).mean(2)
-                J = error["visual"] + alpha * error.get("proprio", 0)  # (n, 1 or T + 1)
+                J = 0.0
+                for part, weight in (("visual", 1.0), ("proprio", alpha)):
+                    if weight:
+                        frames = z[part][:, -1 if objective == "last" else H - 1 :]  # (n, 1 or T + 1, ...)
+                        target = goal[part][index].expand_as(frames)
+                        error = model.predictor.criterion(frames, target, reduction="none")
+                        J = J + weight * error.flatten(2).mean(2)  # (n, 1 or T + 1)
                 w = base ** torch.arange(J.shape[1], device=device)
                 costs.append((J * (w / w.sum())).mean(1))
             return torch.cat(costs).view(B, M)
