@@ -218,7 +218,7 @@ def write_strips(path, *films):
 
 def main():
     for what, num_patches, dim, sizes in (
-        ("one token, laptop", 1, 32, dict(img_size=64, depth=8)),
+        ("one token, laptop", 1, 32, dict(img_size=64, depth=16)),
         ("16 tokens, laptop", 16, 16, dict(img_size=64, channel=64, n_res_block=2, n_res_channel=32)),
         ("16 tokens, codes", 16, 16, dict(img_size=64, channel=64, n_res_block=2, n_res_channel=32, quantize=True)),
         ("one token, released", 1, 384, dict(img_size=224)), ("196 tokens, released", 196, 384, dict(img_size=224)),

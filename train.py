@@ -35,7 +35,7 @@ from tqdm import tqdm
 import data
 import released
 from data import UserError, Windows, natural, positive, run_script, write_atomic
-from decoders import beside, from_pixels, likeness, to_pixels, write_gif, write_strips
+from decoders import beside, likeness, write_gif, write_strips
 from encoders import chunks
 from predictor import PREDICTORS, WorldModel, available_device, build_eyes, load_checkpoint
 from vae_mdnrnn import to_tensor
@@ -50,7 +50,7 @@ LAPTOP = dict(depth=4, heads=4, dim_head=32, mlp_dim=256, dropout=0.0)
 RWM = dict(width=256, depth=2, mlp_dim=128)
 AC = dict(width=128, depth=4, heads=4, mlp_dim=512)
 COMPOSITION = dict(concat_dim=1, num_proprio_repeat=1, num_action_repeat=1)  # of vit's tokens
-DECODER_LR = 3e-4  # Adam's, as released
+DECODER_LR, DECODER_FRAMES = 3e-4, 32  # Adam's, as released; frames a step, the last of a window each: windows overlap
 FIT_FRAMES = 20_000  # of the training episodes, for encoders that learn from frames
 
 
@@ -143,7 +143,7 @@ def decoder_sizes(args, single):
         return None
     sizes = dict(img_size=args.img_size)
     if args.img_size < 224:
-        sizes |= dict(depth=8) if single else dict(channel=64, n_res_block=2, n_res_channel=32)
+        sizes |= dict(depth=16) if single else dict(channel=64, n_res_block=2, n_res_channel=32)
     return sizes | (dict(quantize=True) if args.decoder == "vq" else {})
 
 
@@ -252,7 +252,7 @@ def look(model, windows, tokens, device, directory, count=8):
     _, recon_pred, _ = model.decoder_loss(predicted, frames[:, 1 : H + 1])
     start = {name: latent[:, :known] for name, latent in z.items()}
     imagined = model.decode(model.rollout(start, batch["action"][:, :-1])["visual"])
-    real, decoded = from_pixels(to_pixels(frames)), model.decode(z["visual"])
+    real, decoded = frames.byte().cpu().numpy(), model.decode(z["visual"])
     write_strips(directory / "imagined.png", *(film[i] for i in range(4) for film in (real, decoded, imagined)))
     films = np.concatenate([beside(real[i], imagined[i]) for i in range(4)])
     write_gif(directory / "imagined.gif", films.repeat(model.frameskip, axis=0))
@@ -365,8 +365,12 @@ def train(args):
             decoder_loss = 0.0
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 loss, _ = model.loss(batch, *rollout)
-                if decoder:  # a frame of each window is enough: windows overlap
-                    decoder_loss, *_ = model.decoder_loss(model.encode(batch)["visual"][:, -1:], batch["frames"])
+                if decoder:
+                    visual, frames = (
+                        model.encode(batch)["visual"][:DECODER_FRAMES, -1:],
+                        batch["frames"][:DECODER_FRAMES],
+                    )
+                    decoder_loss, *_ = model.decoder_loss(visual, frames)
             optimizer.zero_grad(set_to_none=True)
             (loss + decoder_loss).backward()
             optimizer.step()
