@@ -105,9 +105,8 @@ def get_args(argv=None):
     args.env, args.img_size = args.env or world["env"], args.img_size or world["img_size"]
     if args.encoder_size:
         args.encoder += f"-{args.encoder_size}"
-    args.name = args.name or f"{args.env}_{args.encoder}" + f"_{args.predictor}" * (args.predictor != "vit") + (
-        "_paper" * (args.variant == "paper")
-    )
+    other = f"_{args.predictor}" * (args.predictor != "vit") + "_paper" * (args.variant == "paper")
+    args.name = args.name or f"{args.env}_{args.encoder}{other}"
     args.rollout_steps = args.rollout_steps or PREDICTORS[args.predictor].rollout_steps
     for option in ("lr", "dropout"):
         value = getattr(args, option)
@@ -366,11 +365,8 @@ def train(args):
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 loss, _ = model.loss(batch, *rollout)
                 if decoder:
-                    visual, frames = (
-                        model.encode(batch)["visual"][:DECODER_FRAMES, -1:],
-                        batch["frames"][:DECODER_FRAMES],
-                    )
-                    decoder_loss, *_ = model.decoder_loss(visual, frames)
+                    visual = model.encode(batch)["visual"][:DECODER_FRAMES, -1:]
+                    decoder_loss, *_ = model.decoder_loss(visual, batch["frames"][:DECODER_FRAMES])
             optimizer.zero_grad(set_to_none=True)
             (loss + decoder_loss).backward()
             optimizer.step()
