@@ -1,4 +1,4 @@
-"""Planning: the cross-entropy method and the receding-horizon loop around it. No network in sight.
+"""Planning: CEM, its improved form, MPPI, gradient descent, and the receding-horizon loop around any. No network here.
 
 CEM (Rubinstein, 1999) keeps a Gaussian over action sequences and moves it to where the cost is low:
 
@@ -8,7 +8,16 @@ CEM (Rubinstein, 1999) keeps a Gaussian over action sequences and moves it to wh
 
 V-JEPA 2-AC (Assran et al., 2025, arXiv:2506.09985; the released code) keeps the candidates in a ball around zero,
 |a| <= maxnorm in every dimension, and moves the Gaussian with momentum: mean <- momentum mean + (1 - momentum) mean(E),
-and std alike.
+and std alike. The improved CEM (iCEM, Pinneri et al., 2020, arXiv:2008.06389) draws noise whose neighbours in time are
+alike, its power spectrum 1 / f^beta, and lets some of the elites run again.
+
+MPPI (Williams et al., 2017, ICRA) weighs all candidates instead, their deviation staying what it is:
+
+    mean <- sum_m w_m a^(m),    w = softmax(-J / lambda)
+
+Gradient descent (DINO-WM's, the released planning/gd.py) goes through the model:
+
+    a <- a - lr dJ/da + action_noise * n,    n ~ N(0, 1)
 
 MPC executes the first steps of the plan, looks at where it really is, and plans again from there, starting
 from what is left of the old plan (DINO-WM, Zhou et al., 2024, arXiv:2411.04983, section 3.3 and the released
@@ -24,7 +33,8 @@ import torch
 
 
 def cem(
-    cost, mean, std, num_samples=300, topk=30, opt_steps=10, generator=None, momentum=0.0, maxnorm=float("inf")
+    cost, mean, std, num_samples=300, topk=30, opt_steps=10, generator=None, momentum=0.0, maxnorm=float("inf"),
+    noise=torch.randn, keep=0,
 ):  # fmt: skip
     """Solves B planning problems at once.
 
@@ -34,16 +44,20 @@ def cem(
         num_samples, topk, opt_steps: M candidates, of which `topk` become elites, `opt_steps` times.
         generator: a torch.Generator on the device of `mean`.
         momentum, maxnorm: how much of the old Gaussian stays; the bound of the candidates.
+        noise, keep: what candidates are drawn by, as `torch.randn`; how many elites are candidates again (iCEM).
     Returns the last mean, actions (B, T, A).
     Raises ValueError if there are fewer candidates than elites, or fewer than two elites.
     """
     if not 2 <= topk <= num_samples:
         raise ValueError(f"topk must lie between 2 and num_samples: {topk}, {num_samples}")
     B, T, A = mean.shape
+    elites = mean.new_empty(B, 0, T, A)
     for _ in range(opt_steps):
-        noise = torch.randn(B, num_samples, T, A, generator=generator, device=mean.device)
-        candidates = mean[:, None] + std[:, None] * noise  # (B, M, T, A)
+        n = noise(B, num_samples, T, A, generator=generator, device=mean.device)
+        candidates = mean[:, None] + std[:, None] * n  # (B, M, T, A)
         candidates[:, 0] = mean
+        kept = elites[:, :keep]  # the best come first
+        candidates[:, 1 : 1 + kept.shape[1]] = kept
         candidates.clamp_(-maxnorm, maxnorm)
         elite = cost(candidates).topk(topk, dim=1, largest=False).indices  # (B, K)
         elites = candidates.gather(1, elite[:, :, None, None].expand(-1, -1, T, A))  # (B, K, T, A)
@@ -51,7 +65,53 @@ def cem(
     return mean
 
 
-def mpc(plan, act, num_problems, horizon, action_dim, n_taken_actions=5, max_iter=10, device="cpu"):
+def coloured_noise(beta, dof):
+    """A `noise` for `cem`: normal numbers (B, M, T, A), whose A are steps of `dof` numbers in time, with a power
+    spectrum 1 / f^beta along all these steps; of variance 1."""
+
+    def noise(B, M, T, A, **options):
+        white = torch.randn(B, M, T * A // dof, dof, **options)
+        spectrum = torch.fft.rfft(white, dim=2)
+        f, L = torch.fft.rfftfreq(white.shape[2], device=white.device), white.shape[2]
+        scale = f.clamp(min=1 / L) ** (-beta / 2)  # the mean is as loud as the slowest wave
+        both = torch.cat([scale, scale[1 : (L + 1) // 2]])  # the frequencies below zero, too
+        scale = scale / both.square().mean().sqrt()
+        return torch.fft.irfft(spectrum * scale[:, None], n=L, dim=2).reshape(B, M, T, A)
+
+    return noise
+
+
+def mppi(cost, mean, std, num_samples=300, opt_steps=10, temperature=0.1, generator=None):
+    """As `cem`, by weights in the place of elites. `temperature`: lambda, in standard deviations of the candidates'
+    costs, so that it suits costs of any scale."""
+    for _ in range(opt_steps):
+        noise = torch.randn(len(mean), num_samples, *mean.shape[1:], generator=generator, device=mean.device)
+        candidates = mean[:, None] + std[:, None] * noise  # (B, M, T, A)
+        candidates[:, 0] = mean
+        J = cost(candidates)  # (B, M)
+        weights = torch.softmax(-J / (temperature * J.std(1, keepdim=True) + 1e-9), dim=1)
+        mean = torch.einsum("bm,bmta->bta", weights, candidates)
+    return mean
+
+
+def gradient_descent(cost, actions, opt_steps=1000, lr=1.0, action_noise=0.003, low=None, high=None, generator=None):
+    """Actions (B, T, A) down the gradient of `cost`, which sees them as (B, 1, T, A) and must be differentiable.
+
+    low, high: (A,), between which they are held; a cost that clips would have no gradient beyond. The release leaves
+    them free.
+    """
+    for _ in range(opt_steps):
+        actions = actions.detach().requires_grad_()
+        with torch.enable_grad():
+            (gradient,) = torch.autograd.grad(cost(actions[:, None]).sum(), actions)
+        noise = torch.randn(actions.shape, generator=generator, device=actions.device)
+        actions = actions.detach() - lr * gradient + action_noise * noise
+        if low is not None:
+            actions = actions.clamp(low, high)
+    return actions
+
+
+def mpc(plan, act, num_problems, horizon, action_dim, n_taken_actions=5, max_iter=10, device="cpu", start=torch.zeros):
     """Receding-horizon control of `num_problems` worlds at once; a world that reached its goal is left alone.
 
     Args:
@@ -59,12 +119,13 @@ def mpc(plan, act, num_problems, horizon, action_dim, n_taken_actions=5, max_ite
         act: (problems (B,), actions (B, n_taken_actions, A)) -> reached (B,) bool; executes and observes.
         horizon, action_dim: T planner steps of A numbers.
         n_taken_actions: planner steps that are executed before planning again, at most T.
-        max_iter: rounds of planning and acting, at most.
+        max_iter: rounds of planning and acting, at most; one is planning in an open loop.
+        start: (B, n, A) -> what the search starts from at steps that no plan has reached yet.
     Returns `success` (max_iter, num_problems) bool: whether the goal was reached within 1, 2, ... rounds.
     """
     if n_taken_actions > horizon:
         raise ValueError(f"cannot take {n_taken_actions} actions of a plan of {horizon}")
-    mean = torch.zeros(num_problems, horizon, action_dim, device=device)
+    mean = start(num_problems, horizon, action_dim).to(device)
     success = torch.zeros(max_iter, num_problems, dtype=torch.bool)
     open_problems = np.arange(num_problems)
     for i in range(max_iter):
@@ -72,8 +133,9 @@ def mpc(plan, act, num_problems, horizon, action_dim, n_taken_actions=5, max_ite
             actions = plan(open_problems, mean[open_problems])
             reached = act(open_problems, actions[:, :n_taken_actions])
             success[i, open_problems] = torch.as_tensor(reached)
-            left = actions[:, n_taken_actions:]  # warm start: the rest of the plan, then zeros
-            mean[open_problems] = torch.nn.functional.pad(left, (0, 0, 0, n_taken_actions))
+            left = actions[:, n_taken_actions:]  # warm start: the rest of the plan, then new steps
+            new = start(len(left), n_taken_actions, action_dim).to(left)
+            mean[open_problems] = torch.cat([left, new], dim=1)
         success[i] |= success[max(i - 1, 0)]
         open_problems = np.flatnonzero(~success[i])
     return success
@@ -85,12 +147,22 @@ def main():
     generator = torch.Generator().manual_seed(0)
     target = torch.randn(B, 1, A, generator=generator)
     mean, std = torch.zeros(B, T, A), torch.ones(B, T, A)
-    start = time.perf_counter()
-    plan = cem(lambda a: (a.sum(2) - target).pow(2).sum(-1), mean, std, M, 30, 30, generator)
-    seconds = time.perf_counter() - start
-    before, after = target.norm(dim=-1).mean(), (plan.sum(1) - target[:, 0]).norm(dim=-1).mean()
-    print(f"{B} problems, {M} candidates, horizon {T}, 30 iterations: {30 * B * M * T / seconds:.3g} candidate-steps/s")
-    print(f"distance to the optimum: {before:.3f} before, {after:.3f} after")
+
+    def cost(a):
+        return (a.sum(2) - target).pow(2).sum(-1)
+
+    print(f"{B} problems, {M} candidates, horizon {T}, 30 iterations; distance to the optimum at first: ", end="")
+    print(f"{target.norm(dim=-1).mean():.3f}")
+    for name, plan in {
+        "cem": lambda: cem(cost, mean, std, M, 30, 30, generator),
+        "icem": lambda: cem(cost, mean, std, M, 30, 30, generator, noise=coloured_noise(1.0, 2), keep=9),
+        "mppi": lambda: mppi(cost, mean, std, M, 30, 0.1, generator),
+        "gd": lambda: gradient_descent(cost, mean, 30, 0.1, 0.0),
+    }.items():
+        begin = time.perf_counter()
+        distance, seconds = (plan().sum(1) - target[:, 0]).norm(dim=-1).mean(), time.perf_counter() - begin
+        steps = 30 * B * T * (1 if name == "gd" else M)
+        print(f"{name:5} {distance:.3f} after, {steps / seconds:.3g} candidate-steps/s")
 
 
 if __name__ == "__main__":

@@ -677,14 +677,15 @@ class Windows:
     def __len__(self):
         return len(self.starts)
 
-    def batch(self, indices, tokens):
+    def batch(self, indices, tokens, frames=0):
         """Windows `indices` as arrays: visual (B, T, N, d) out of `tokens` (S, N, d), proprio (B, T, P), and
-        action (B, T, frameskip*DoF)."""
+        action (B, T, frameskip*DoF); if asked for, the last `frames` frames (B, frames, H, W, 3)."""
         first = self.starts[indices]
         rows = first[:, None] + self.stride * np.arange(self.num_frames)  # (B, T)
         every = first[:, None] + np.arange(self.stride * self.num_frames)
         action = self.dataset.actions[every].reshape(*rows.shape, -1)
-        return {"visual": tokens[rows], "proprio": self.dataset.states[rows], "action": action}
+        batch = {"visual": tokens[rows], "proprio": self.dataset.states[rows], "action": action}
+        return batch | ({"frames": self.dataset.frames[rows[:, -frames:]]} if frames else {})
 
 
 # ---------------------------------------------------------------------------------------------------------

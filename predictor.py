@@ -7,7 +7,11 @@
     x^_{t+1} = ViT(x_{t-H+1}, ..., x_t)              causal by frame, free within a frame
     L = mean ||[z, phi(p)]^_{t+1} - sg[z, phi(p)]_{t+1}||^2      over all H next frames in parallel
 
-The part of the output where the action stands is in no loss; a rollout overwrites it by the next action.
+The part of the output where the action stands is in no loss; a rollout overwrites it by the next action. With
+`concat_dim` 0 phi and psi are as wide as z and stand beside the N tokens as two more. The paper's text and the code
+disagree; `variant` says which of them is followed, "repository" or "paper":
+
+    psi: one linear layer, or an MLP     proprio: as above, or none     L: over all H next frames, or the last alone
 
 `rwm`, the Robotic World Model (Li, Krause & Hutter, 2025, arXiv:2501.10100), section 3, for one token a frame:
 
@@ -37,6 +41,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data import UserError, run_script, write_atomic
+from decoders import build_decoder, from_pixels, to_pixels
 from encoders import RotaryBlock, build_encoder, rotary_angles
 from vae_mdnrnn import to_tensor
 
@@ -50,6 +55,7 @@ from vae_mdnrnn import to_tensor
 #     normalises                  whether tokens are layer-normalised, so that each has mean 0 and variance 1
 #     needs_history               whether a training rollout starts from num_frames frames, or from one, as planning
 #     rollout_steps               K, as in its paper
+#     weights                     of the visual and of the proprio's mean error in that of all numbers
 
 
 def frame_causal(num_frames, tokens):
@@ -90,6 +96,8 @@ class ViTPredictor(nn.Module):
         num_patches, num_frames: N tokens a frame, H frames at most.
         dim, proprio_dim, action_dim: their sum is D, the width of a token and of the residual stream.
         depth, heads, dim_head, mlp_dim, dropout: the paper's sizes by default.
+        concat_dim: 1, proprio and action are repeated onto every token; 0, they are two tokens more, and D = d.
+        num_proprio_repeat, num_action_repeat: how often a token has them, with concat_dim 1.
     """
 
     criterion = staticmethod(F.mse_loss)
@@ -98,10 +106,21 @@ class ViTPredictor(nn.Module):
     def __init__(
         self, num_patches, num_frames, dim, proprio_dim=0, action_dim=0,
         depth=6, heads=16, dim_head=64, mlp_dim=2048, dropout=0.1,
+        concat_dim=1, num_proprio_repeat=1, num_action_repeat=1,
     ):  # fmt: skip
         super().__init__()
-        length, width = num_frames * num_patches, dim + proprio_dim + action_dim
-        self.pos_embedding = nn.Parameter(torch.randn(1, length, width))
+        self.concat_dim, self.repeats = concat_dim, (num_proprio_repeat, num_action_repeat)
+        if concat_dim == 1:
+            width = dim + num_proprio_repeat * proprio_dim + num_action_repeat * action_dim
+            self.weights = dim, num_proprio_repeat * proprio_dim
+        elif dim == proprio_dim == action_dim:
+            self.weights = num_patches * dim, dim
+            num_patches, width = num_patches + 2, dim
+        else:
+            raise UserError(
+                f"--concat-dim 0 wants proprio and action as wide as a token, {dim}, not {proprio_dim} and {action_dim}"
+            )
+        self.pos_embedding = nn.Parameter(torch.randn(1, num_frames * num_patches, width))
         self.blocks = nn.ModuleList(
             nn.ModuleList([Attention(width, heads, dim_head, dropout), FeedForward(width, mlp_dim, dropout)])
             for _ in range(depth)
@@ -119,12 +138,20 @@ class ViTPredictor(nn.Module):
         return self.norm(x)
 
     def step(self, z, action):
-        parts = z["visual"], z["proprio"], action[:, :, None]
-        N, widths = z["visual"].shape[2], [part.shape[-1] for part in parts]
-        tiled = [part.expand(-1, -1, N, -1) for part in parts[1:]]  # a copy for every token: (B, T, N, e)
-        x = torch.cat([z["visual"], *tiled], dim=-1)  # (B, T, N, D)
+        visual, proprio, action = z["visual"], z["proprio"], action[:, :, None]
+        N, e = visual.shape[2], proprio.shape[-1]
+        if self.concat_dim == 0:
+            x = torch.cat([visual, proprio, action], dim=2)  # (B, T, N + 2, d)
+            visual, proprio, _ = self(x.flatten(1, 2)).view(x.shape).split([N, 1, 1], dim=2)
+            return {"visual": visual, "proprio": proprio}
+        tiled = [  # (B, T, 1 or N * repeat, e) -> (B, T, N, repeat * e)
+            part.expand(-1, -1, N * repeat, -1).unflatten(2, (N, repeat)).flatten(3)
+            for part, repeat in zip((proprio, action), self.repeats, strict=True)
+        ]
+        x = torch.cat([visual, *tiled], dim=-1)  # (B, T, N, D)
+        widths = [part.shape[-1] for part in (visual, *tiled)]
         visual, proprio, _ = self(x.flatten(1, 2)).view(x.shape).split(widths, dim=-1)
-        return {"visual": visual, "proprio": proprio}
+        return {"visual": visual, "proprio": proprio.unflatten(-1, (self.repeats[0], e)).flatten(2, 3)}
 
 
 class RWMPredictor(nn.Module):
@@ -149,7 +176,7 @@ class RWMPredictor(nn.Module):
         super().__init__()
         if num_patches != 1:
             raise UserError(f"--predictor rwm takes one token a frame, not {num_patches}: try --encoder pca or state")
-        state_dim = dim + proprio_dim
+        state_dim, self.weights = dim + proprio_dim, (dim, proprio_dim)
         self.gru = nn.GRU(state_dim + action_dim, width, depth, batch_first=True)
         self.mean, self.log_std = (
             nn.Sequential(nn.Linear(width, mlp_dim), nn.ReLU(), nn.Linear(mlp_dim, state_dim)) for _ in range(2)
@@ -210,7 +237,7 @@ class ACPredictor(nn.Module):
             raise UserError(f"--width {width} is not a multiple of twice --heads {heads}")
         if integrate and (proprio_dim == 0 or action_dim % proprio_dim):
             raise UserError(f"actions of {action_dim} numbers are no changes of a state of {proprio_dim}")
-        self.num_patches = num_patches
+        self.num_patches, self.weights = num_patches, (dim, proprio_dim)
         self.predictor_embed = nn.Linear(dim, width)
         self.action_encoder = nn.Linear(action_dim, width)
         self.state_encoder = nn.Linear(proprio_dim, width)
@@ -293,9 +320,11 @@ class WorldModel(nn.Module):
         action_stats, proprio_stats: (mean, std) of one environment action (DoF,) and of the proprio (P,);
             actions and proprio come in the world's units and are normalised here.
         num_hist, num_pred, frameskip: H source frames, the shift of the targets, environment steps per step.
-        emb_dim: of the embeddings phi and psi, for the transitions that want them.
+        emb_dim, action_emb_dim: of the embeddings phi and psi (default: as phi), for the transitions that want them.
         world: where the data came from, {"env": name, "img_size": of its frames, "data": folder}.
         predictor: the transition's name in PREDICTORS, sizes: its keyword arguments.
+        variant: "repository" or "paper", see above.
+        decoder: `build_decoder`'s keyword arguments, or None for none.
     """
 
     def __init__(
@@ -309,12 +338,16 @@ class WorldModel(nn.Module):
         emb_dim=10,
         world=None,
         predictor="vit",
+        variant="repository",
+        decoder=None,
+        action_emb_dim=None,
         **sizes,
     ):
         super().__init__()
         self.encoder = encoder
-        self.num_hist, self.num_pred, self.frameskip, self.emb_dim = num_hist, num_pred, frameskip, emb_dim
-        self.world, self.predictor_name, self.sizes = world, predictor, sizes
+        self.num_hist, self.num_pred, self.frameskip, self.variant = num_hist, num_pred, frameskip, variant
+        self.emb_dim, self.action_emb_dim = emb_dim, action_emb_dim or emb_dim
+        self.world, self.predictor_name, self.sizes, self.decoder_sizes = world, predictor, sizes, decoder
         for name, (mean, std) in {"action": action_stats, "proprio": proprio_stats}.items():
             repeat = frameskip if name == "action" else 1
             self.register_buffer(f"{name}_mean", torch.as_tensor(mean, dtype=torch.float32).repeat(repeat))
@@ -322,14 +355,22 @@ class WorldModel(nn.Module):
         transition, A, P = PREDICTORS[predictor], len(self.action_mean), len(self.proprio_mean)
         if encoder.name == "state":
             encoder.dim, P = P, 0  # the proprio is the token
+        if variant == "paper":
+            P = 0  # its text has images and actions alone
         self.action_encoder, self.proprio_encoder, self.proprio_dim = nn.Identity(), nn.Identity(), P
         if transition.embeds:
-            self.action_encoder = nn.Linear(A, emb_dim)  # the release's Conv1d of kernel size 1
-            A = emb_dim
+            a = self.action_emb_dim
+            if variant == "paper":  # an MLP, of a size that it does not say
+                self.action_encoder = nn.Sequential(nn.Linear(A, 64), nn.GELU(), nn.Linear(64, a))
+            else:
+                self.action_encoder = nn.Linear(A, a)  # the release's Conv1d of kernel size 1
+            A = a
             if P:
                 self.proprio_encoder, self.proprio_dim = nn.Linear(P, emb_dim), emb_dim
         self.predictor = transition(encoder.num_patches, num_hist, encoder.dim, self.proprio_dim, A, **sizes)
-        self.context = num_hist if transition.needs_history else 1  # true frames that a training rollout starts from
+        # true frames that a training rollout starts from; the paper's loss leaves shorter windows untrained
+        self.context = num_hist if transition.needs_history or variant == "paper" else 1
+        self.decoder = build_decoder(encoder.num_patches, encoder.dim, **decoder) if decoder else None
 
     @property
     def action_dim(self):
@@ -341,12 +382,14 @@ class WorldModel(nn.Module):
         latents {"visual": (B, T, N, d), "proprio": (B, T, e)}."""
         visual, proprio = obs["visual"], (obs["proprio"] - self.proprio_mean) / self.proprio_std
         if self.encoder.name == "state":
-            visual, proprio = proprio[:, :, None], proprio[..., :0]
+            visual = proprio[:, :, None]
         elif visual.dtype == torch.uint8:
             visual = self.encoder(to_tensor(visual.flatten(0, 1), visual.device)).unflatten(0, visual.shape[:2])
         visual = visual.float()
         if self.predictor.normalises:
             visual = F.layer_norm(visual, visual.shape[-1:])
+        if not self.proprio_dim:
+            proprio = proprio[..., :0]
         return {"visual": visual, "proprio": self.proprio_encoder(proprio)}
 
     def encode_action(self, actions):
@@ -363,7 +406,7 @@ class WorldModel(nn.Module):
     def error(self, predicted, target):
         """The mean error over all numbers of `predict`'s latents but the action's, that of the visual ones, and that of
         the proprio's."""
-        d, e, criterion = self.encoder.dim, self.proprio_dim, self.predictor.criterion
+        (d, e), criterion = self.predictor.weights, self.predictor.criterion
         visual = criterion(predicted["visual"], target["visual"])
         proprio = target["proprio"][:, :, None].expand_as(predicted["proprio"])
         proprio = criterion(predicted["proprio"], proprio) if e else visual.new_zeros(())
@@ -382,6 +425,8 @@ class WorldModel(nn.Module):
         target = {name: latent.detach() for name, latent in z.items()}
         after = {name: latent[:, self.num_pred : H + self.num_pred] for name, latent in target.items()}
         predicted = self.predict(frames(0, H), self.encode_action(batch["action"][:, :H]))
+        if self.variant == "paper":  # the loss on the next frame alone
+            predicted, after = ({k: latent[:, -1:] for k, latent in part.items()} for part in (predicted, after))
         loss, visual, proprio = self.error(predicted, after)
         parts = {"visual": visual.item(), "proprio": proprio.item()}
         if rollout_steps > 1:
@@ -420,6 +465,19 @@ class WorldModel(nn.Module):
             }
         return z | {"proprio": z["proprio"][:, :, 0]}
 
+    # -- the decoder: a window into the latents, from which nothing flows back --------------------------------
+
+    def decode(self, visual):
+        """Visual latents (B, T, N, d) -> frames (B, T, H, W, 3) uint8."""
+        return from_pixels(self.decoder(visual)[0])
+
+    def decoder_loss(self, visual, frames):
+        """What the decoder learns by, and its two parts, given visual latents (B, T, N, d) and their frames
+        (B, T, H, W, 3) of 0 to 255: the error of the reconstruction, pixels being in [-1, 1], + 0.25 of the codes'."""
+        images, codes = self.decoder(visual.detach())
+        reconstruction = F.mse_loss(images, to_pixels(frames))
+        return reconstruction + 0.25 * codes, reconstruction, codes
+
     # -- checkpoints: tensors and plain values only, so that they load with weights_only=True ----------------
 
     def save(self, directory, **extra):
@@ -427,7 +485,7 @@ class WorldModel(nn.Module):
         config = dict(
             encoder=self.encoder.name, img_size=self.encoder.img_size, num_hist=self.num_hist, num_pred=self.num_pred,
             frameskip=self.frameskip, emb_dim=self.emb_dim, world=self.world, predictor=self.predictor_name,
-            sizes=self.sizes,
+            sizes=self.sizes, variant=self.variant, decoder=self.decoder_sizes, action_emb_dim=self.action_emb_dim,
         )  # fmt: skip
         content = {"config": config, "model": self.state_dict(), **extra}
         buffer = io.BytesIO()  # so that a full disk is an OSError, which torch.save would hide

@@ -281,8 +281,7 @@ def load_model(run, device="cpu", data=None, weights=None):
     settings, tensors = read_run(run)
     get = partial(setting, run / "hydra.yaml", settings)
     for name, known in (("env.name", ["point_maze"]), ("encoder._target_", ["models.dino.DinoV2Encoder"]),
-                        ("encoder.name", BACKBONES), ("encoder.feature_key", EYES),
-                        ("action_emb_dim", [get("proprio_emb_dim")]), ("num_pred", [1])):  # fmt: skip
+                        ("encoder.name", BACKBONES), ("encoder.feature_key", EYES), ("num_pred", [1])):  # fmt: skip
         if get(name) not in known:
             raise UserError(f"{run}/hydra.yaml: {name} is {get(name)}, not {' or '.join(map(str, known))}")
     folder = data or get("env.dataset.data_path")
@@ -292,16 +291,22 @@ def load_model(run, device="cpu", data=None, weights=None):
     stats = dataset.statistics(dataset.split()[0])
     if not get("env.dataset.normalize_action"):
         stats = {name: (np.zeros_like(mean), np.ones_like(std)) for name, (mean, std) in stats.items()}
-    composition = {k: get(k) for k in ("concat_dim", "num_proprio_repeat", "num_action_repeat") if get(k) != 1}
+    encoder = load_eyes(get, tensors, weights, run / "checkpoints" / "model_latest.pth")
+    decoder = None
+    if any(name.startswith("decoder.") for name in tensors):
+        vq = "channel", "n_res_block", "n_res_channel", "quantize", "n_embed"
+        sizes = ("depth",) if encoder.num_patches == 1 else vq
+        decoder = {"img_size": get("img_size"), **{name: get(f"decoder.{name}") for name in sizes}}
     model = WorldModel(
-        load_eyes(get, tensors, weights, run / "checkpoints" / "model_latest.pth"), stats["action"], stats["proprio"],
-        get("num_hist"), get("num_pred"), get("frameskip"), get("action_emb_dim"),
-        dict(env="pointmaze-d4rl", img_size=get("img_size"), data=str(folder)), **composition,
+        encoder, stats["action"], stats["proprio"], get("num_hist"), get("num_pred"), get("frameskip"),
+        get("proprio_emb_dim"), dict(env="pointmaze-d4rl", img_size=get("img_size"), data=str(folder)),
+        decoder=decoder, action_emb_dim=get("action_emb_dim"),
+        **{name: get(name) for name in ("concat_dim", "num_proprio_repeat", "num_action_repeat")},
         **{name: get(f"predictor.{name}") for name in ("depth", "heads", "mlp_dim", "dropout")},
     )  # fmt: skip
     own = model.state_dict()
     state = {k: v for k, v in own.items() if k.startswith("encoder.") or k.endswith(("_mean", "_std"))}
-    state |= {k: v for k, v in tensors.items() if k in own or not k.startswith(("decoder.", "encoder."))}
+    state |= {k: v for k, v in tensors.items() if k in own or not k.startswith("encoder.")}
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

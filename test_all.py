@@ -5,6 +5,7 @@ import copy
 import errno
 import io
 import json
+import math
 import os
 import pickle
 import shutil
@@ -18,6 +19,7 @@ import zipfile
 from functools import partial
 from pathlib import Path
 
+import imageio.v3 as imageio
 import numpy as np
 import pytest
 import timm
@@ -30,6 +32,7 @@ from torchvision import transforms
 
 import cem
 import data
+import decoders
 import encoders
 import plan
 import predictor
@@ -344,6 +347,61 @@ def test_cem_with_momentum_stays_in_its_ball():
     source = generator()
     _, second = (torch.randn(1, 50, 2, 3, generator=source) for _ in range(2))
     torch.testing.assert_close(noise, second[0, 1:], atol=1e-4, rtol=1e-4)  # the deviation has momentum, too
+
+
+def test_improved_cem_keeps_its_best_and_draws_by_the_noise_it_is_given():
+    seen = []
+    cost = lambda a: seen.append(a.clone()) or (a - 2).square().sum((2, 3))  # noqa: E731
+    noise = lambda *shape, **_: torch.rand(shape)  # noqa: E731
+    cem.cem(cost, torch.zeros(2, 3, 4), torch.ones(2, 3, 4), 20, 5, 2, noise=noise, keep=2)
+    assert (seen[0] >= 0).all()
+    best = (seen[0][1] - 2).square().sum((1, 2)).argsort()[:2]
+    assert torch.equal(seen[1][1, 1:3], seen[0][1, best])
+
+
+def test_coloured_noise_has_variance_one_and_neighbours_alike():
+    white, red = (cem.coloured_noise(beta, 2)(3, 4000, 5, 10) for beta in (0.0, 2.0))
+    for noise in (white, red):
+        assert noise.shape == (3, 4000, 5, 10)
+        torch.testing.assert_close(noise.var((0, 1)), torch.ones(5, 10), atol=0.06, rtol=0)
+    alike = lambda x: (x[..., 2:] * x[..., :-2]).mean()  # noqa: E731  (one environment step apart: DoF is 2)
+    assert abs(alike(white)) < 0.02 and alike(red) > 0.7
+    torch.manual_seed(1)
+    expected = torch.randn(1, 2, 25, 2)
+    torch.manual_seed(1)
+    torch.testing.assert_close(cem.coloured_noise(0.0, 2)(1, 2, 5, 10).view(1, 2, 25, 2), expected)
+
+
+def test_mppi_by_hand():
+    seen = []
+    cost = lambda a: seen.append(a) or (a - 1).square().sum((2, 3))  # noqa: E731
+    mean = cem.mppi(cost, torch.zeros(2, 2, 3), torch.ones(2, 2, 3), 30, 1, 0.5)
+    for b in range(2):
+        J = (seen[0][b] - 1).square().sum((1, 2))
+        weights = torch.exp(-(J - J.min()) / (0.5 * J.std()))
+        torch.testing.assert_close(mean[b], (weights[:, None, None] * seen[0][b]).sum(0) / weights.sum())
+
+
+def test_gradient_descent_by_hand():
+    start, target = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
+    cost = lambda a: (a - target[:, None]).square().sum((2, 3))  # noqa: E731
+    generator = lambda: torch.Generator().manual_seed(0)  # noqa: E731
+    noise = torch.randn(3, 2, 4, generator=generator())
+    with torch.no_grad():  # as `plan.solve` calls it
+        after = cem.gradient_descent(cost, start, 1, lr=0.1, action_noise=0.3, generator=generator())
+        held = cem.gradient_descent(cost, start, 50, 0.1, 0.0, torch.full((4,), -0.2), torch.full((4,), 0.3))
+    torch.testing.assert_close(after, start - 0.1 * 2 * (start - target) + 0.3 * noise)
+    torch.testing.assert_close(held, target.clamp(-0.2, 0.3))
+    assert not after.requires_grad and not start.requires_grad
+
+
+def test_mpc_starts_new_steps_where_it_is_told():
+    means = []
+    cem.mpc(
+        lambda _, mean: means.append(mean) or torch.zeros_like(mean), lambda problems, _: [False] * len(problems),
+        2, horizon=3, action_dim=1, n_taken_actions=2, max_iter=2, start=lambda *shape: torch.full(shape, 7.0),
+    )  # fmt: skip
+    assert means[0].flatten().tolist() == [7] * 6 and means[1][0].flatten().tolist() == [0, 7, 7]
 
 
 # -- vae_mdnrnn.py ------------------------------------------------------------------------------------------
@@ -1505,6 +1563,64 @@ def test_truncated_gradient_by_hand():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("N", [1, 4])
+def test_two_more_tokens_are_causal_by_frame_and_weigh_as_one_of_the_others(N):
+    model, batch = tiny_transition("vit", N, concat_dim=0, emb_dim=6)
+    z, psi = model.encode(batch), model.encode_action(batch["action"])
+    window = {k: latent[:, :3] for k, latent in z.items()}
+    x = torch.cat([window["visual"], window["proprio"][:, :, None], psi[:, :3, None]], dim=2)  # (B, 3, N + 2, d)
+    out = model.predictor(x.flatten(1, 2)).view(x.shape)
+    after = model.predict(window, psi[:, :3])
+    assert torch.equal(after["visual"], out[:, :, :N]) and torch.equal(after["proprio"], out[:, :, N : N + 1])
+    truth = torch.cat([z["visual"], z["proprio"][:, :, None]], dim=2)[:, 1:4]
+    torch.testing.assert_close(model.loss(batch)[0], (out[:, :, : N + 1] - truth).square().mean())
+    for t in range(3):
+        moved = x.clone()
+        moved[:, t, -1] += torch.randn(6)  # the action
+        change = (model.predictor(moved.flatten(1, 2)).view(x.shape) - out).abs().amax((0, 2, 3)) > 1e-6
+        assert change[t:].all() and not change[:t].any()
+    imagined = model.rollout({k: latent[:, :1] for k, latent in z.items()}, batch["action"][:, :2])
+    first = model.predict({k: latent[:, :1] for k, latent in z.items()}, psi[:, :1])
+    second = model.predict(
+        {"visual": torch.cat([z["visual"][:, :1], first["visual"]], 1),
+         "proprio": torch.cat([z["proprio"][:, :1], first["proprio"][:, :, 0]], 1)}, psi[:, :2],
+    )  # fmt: skip
+    torch.testing.assert_close(imagined["visual"][:, 2], second["visual"][:, 1])
+
+
+def test_copies_on_each_token_are_in_the_loss():
+    model, batch = tiny_transition("vit", 4, num_proprio_repeat=2, num_action_repeat=3, action_emb_dim=5)
+    z, psi = model.encode(batch), model.encode_action(batch["action"])
+    copies = torch.cat([z["proprio"]] * 2 + [psi] * 3, dim=-1)  # (B, T, 20 + 15)
+    x = torch.cat([z["visual"], copies[:, :, None].expand(-1, -1, 4, -1)], dim=-1)
+    out = model.predictor(x[:, :3].flatten(1, 2)).view(5, 3, 4, 6 + 20 + 15)
+    loss, parts = model.loss(batch)
+    torch.testing.assert_close(loss, (out[..., :26] - x[:, 1:4, :, :26]).square().mean())
+    assert parts["proprio"] == pytest.approx((out[..., 6:26] - x[:, 1:4, :, 6:26]).square().mean().item(), rel=1e-5)
+
+
+def test_the_papers_variant_by_hand(tmp_path):
+    """No proprio, an MLP for actions, a loss on the next frame alone."""
+    model, batch = tiny_transition("vit", 4, variant="paper")
+    assert model.proprio_dim == 0 and model.context == 3
+    w1, b1, w2, b2 = model.action_encoder.state_dict().values()
+    a = (batch["action"][:, :3] - model.action_mean) / model.action_std
+    psi = F.gelu(a @ w1.T + b1) @ w2.T + b2
+    x = torch.cat([batch["visual"][:, :3], psi[:, :, None].expand(-1, -1, 4, -1)], dim=-1)
+    out = model.predictor(x.flatten(1, 2)).view(5, 3, 4, 16)
+    loss, parts = model.loss(batch)
+    torch.testing.assert_close(loss, (out[:, 2, :, :6] - batch["visual"][:, 3]).square().mean())
+    assert parts["proprio"] == 0
+    other, _ = tiny_transition("vit", 4, variant="repository")
+    assert other.loss(batch)[0] != loss
+    eyes = encoders.build_encoder("patches")
+    stats = ([0, 0], [1, 1]), ([0] * 4, [1] * 4)
+    model = predictor.WorldModel(eyes, *stats, variant="paper", decoder=dict(img_size=64, channel=8), **SIZES["vit"])
+    model.save(tmp_path)
+    again = predictor.WorldModel.load(tmp_path)
+    assert again.variant == "paper" and again.proprio_dim == 0 and again.decoder.dec.blocks[0].out_channels == 8
+
+
 def test_rwm_trains_on_samples_and_imagines_means():
     model, batch = tiny_transition("rwm")
     z = model.encode(batch)
@@ -1681,6 +1797,73 @@ def test_checkpoints_know_their_transition(name, tmp_path):
         predictor.WorldModel.load(tmp_path)
 
 
+# -- decoders.py --------------------------------------------------------------------------------------------
+
+
+def test_decoders_paint_frames_of_every_size_and_teach_only_themselves():
+    for N, dim, sizes, pixels in (
+        (1, 6, dict(img_size=64, depth=2), 81), (1, 6, dict(img_size=20, depth=2), 27),
+        (4, 6, dict(img_size=32, channel=8, n_res_block=1, n_res_channel=4), 32),
+        (9, 6, dict(img_size=40, channel=8, quantize=True, n_embed=5), 48),
+    ):  # fmt: skip
+        decoder = decoders.build_decoder(N, dim, **sizes)
+        z = torch.randn(2, 3, N, dim)
+        images, distance = decoder(z)
+        assert images.shape == (2, 3, 3, sizes["img_size"], sizes["img_size"])
+        assert (distance > 0) == sizes.get("quantize", False)
+        grid = torch.zeros(1, dim, math.isqrt(N), math.isqrt(N))
+        raw = decoder.network(z.flatten(0, 2)) if N == 1 else decoder.dec(decoder.upsample_b(grid))
+        assert raw.shape[-1] == pixels
+    with pytest.raises(UserError, match="one token a frame"):
+        decoders.build_decoder(1, 6, img_size=64, quantize=True)
+    with pytest.raises(UserError, match="square grid of tokens, not 3"):
+        decoders.build_decoder(3, 6, img_size=64)
+    model, batch = tiny_transition("vit", 4, decoder=dict(img_size=32, channel=8, n_res_block=1, n_res_channel=4))
+    frames = torch.randint(256, (5, 7, 32, 32, 3)).float()
+    loss, reconstruction, codes = model.decoder_loss(model.encode(batch)["visual"].requires_grad_(), frames)
+    image = model.decoder(batch["visual"])[0][3, 2]
+    assert model.decode(batch["visual"])[3, 2, 4, 5, 0] == round((image[0, 4, 5].item() + 1) * 127.5)
+    expected = (model.decoder(batch["visual"])[0] - (frames.permute(0, 1, 4, 2, 3) / 127.5 - 1)).square().mean()
+    torch.testing.assert_close(reconstruction, expected)
+    assert loss == reconstruction and codes == 0
+    loss.backward()
+    assert {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None} == {"decoder"}
+
+
+def test_codes_are_the_nearest_and_follow_by_a_moving_average():
+    codebook = decoders.Quantize(3, 4, decay=0.9)
+    x, before = torch.randn(2, 5, 3), codebook.embed.clone()
+    chosen = (x[..., None, :] - before.T).square().sum(-1).argmin(-1)  # (2, 5)
+    codes, distance = codebook.eval()(x)
+    torch.testing.assert_close(codes, before.T[chosen])
+    torch.testing.assert_close(distance, (codes - x).square().mean())
+    assert torch.equal(codebook.embed, before)
+    codebook.train()(x)
+    count = torch.tensor([(chosen == k).sum() for k in range(4)]) * 0.1
+    total = torch.stack([x[chosen == k].sum(0) for k in range(4)], 1) * 0.1 + 0.9 * before
+    size = (count + 1e-5) / (count.sum() + 4e-5) * count.sum()
+    torch.testing.assert_close(codebook.embed, total / size)
+
+
+def test_psnr_and_ssim():
+    x = torch.full((2, 3, 20, 20), 0.5)
+    assert decoders.psnr(x, x + 0.1).item() == pytest.approx(20, abs=1e-4)
+    y = torch.rand(2, 3, 20, 20)
+    assert decoders.ssim(y, y).item() == pytest.approx(1, abs=1e-5) and decoders.ssim(y, y.flip(3)) < 0.2
+    line = np.exp(-((np.arange(11) - 5) ** 2) / 4.5)
+    window = np.outer(line, line) / line.sum() ** 2
+    a, b = (torch.rand(1, 1, 11, 11).expand(1, 3, 11, 11) for _ in range(2))
+    mean = lambda v: (v[0, 0].numpy() * window).sum()  # noqa: E731
+    m_a, m_b = mean(a), mean(b)
+    s_a, s_b, s_ab = mean(a * a) - m_a**2, mean(b * b) - m_b**2, mean(a * b) - m_a * m_b
+    expected = (2 * m_a * m_b + 1e-4) * (2 * s_ab + 9e-4) / ((m_a**2 + m_b**2 + 1e-4) * (s_a + s_b + 9e-4))
+    real = F.conv2d
+    middle = lambda x, w, **options: real(x, w, **options)[..., 5:6, 5:6]  # noqa: E731  (the one whole window)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoders.F, "conv2d", middle)
+        assert decoders.ssim(a, b).item() == pytest.approx(expected, rel=1e-4)
+
+
 # -- train.py and plan.py -----------------------------------------------------------------------------------
 
 
@@ -1734,6 +1917,168 @@ def test_the_true_simulator_plans_and_observations_are_encoded_once(workplace, s
     plan.solve(worlds, plan.latent_cost(model, worlds, 0.0, torch.device("cpu")), model, args, "cpu")
     assert encoded == [8, 8]  # goals, then observations: once per plan
     assert predicted == [8 * 300] * (4 * 5)  # one call per CEM iteration and planner step, for all candidates
+
+
+def test_a_decoder_looks_and_changes_nothing(workplace, script):
+    """The transition model is bit for bit the one trained without; what it imagines can be seen."""
+    for name, extra in (("blind", []), ("seeing", ["--decoder"])):
+        code, _, err = script("train", *TINY, "--dropout", "0.1", "--name", name, *extra)
+        assert code == 0, err
+    blind, seeing = (predictor.load_checkpoint(f"runs/{name}")["model"] for name in ("blind", "seeing"))
+    assert all(torch.equal(tensor, seeing[name]) for name, tensor in blind.items())
+    log = np.genfromtxt("runs/seeing/log.csv", delimiter=",", names=True)
+    assert log["recon"][1] < log["recon"][0] and (log["recon_pred"] > 0).all() and np.isfinite(log["ssim"]).all()
+    strips = imageio.imread("runs/seeing/imagined.png")
+    assert strips.shape == (4 * 3 * 66, 6 * 66, 3) and Path("runs/seeing/imagined.gif").exists()
+
+    code, out, err = script("plan", "--ckpt", "runs/seeing", *BUDGET, "--n-gifs", 2, "--decode", "--planner", "mpc-cem")
+    assert code == 0 and "imagined against real frames: PSNR" in out, err
+    out = workplace / "plan_outputs" / "seeing"
+    assert imageio.imread(out / "imagined_1.png").shape == (2 * 66, 6 * 66, 3)
+    assert imageio.imread(out / "problem_0.gif").shape == (26, 4 * 64, 4 * (4 * 64 + 6), 3)
+    code, _, err = script("plan", "--ckpt", "runs/blind", *BUDGET, "--decode")
+    assert code == 2 and "--decode: runs/blind has no decoder; train one with python train.py --decoder" in err
+
+
+def test_what_is_imagined_stands_beside_what_happened():
+    model = tiny_model(decoder=dict(img_size=64, depth=2))
+    env = data.make_env("pointmaze")
+    starts = np.array([env.sample_state(np.random.default_rng(i)) for i in range(2)])
+    worlds = plan.Worlds(env, starts, starts, films=1)
+    actions = np.random.default_rng(0).uniform(-1, 1, (2, 2, 10)).astype(np.float32)
+    first = {name: torch.from_numpy(o[:1, None].copy()) for name, o in worlds.obs.items()}
+    worlds.act(np.arange(2), actions)
+    second = {name: torch.from_numpy(o[:1, None].copy()) for name, o in worlds.obs.items()}
+    worlds.act(np.arange(1), actions[:1, :1])
+    with torch.no_grad():
+        z = model.rollout(model.encode(first), torch.from_numpy(actions[:1]))["visual"]
+        again = model.rollout(model.encode(second), torch.from_numpy(actions[:1, :1]))["visual"][:, 1:]
+        expected = model.decode(torch.cat([z, again], dim=1))[0]
+    assert (plan.imagine(model, worlds.plans[0], "cpu") == expected).all() and len(worlds.films[0]) == 3 * 5 + 1
+
+
+def test_worlds_remember_frames_and_actions():
+    env = data.make_env("pointmaze")
+    starts = np.array([env.sample_state(np.random.default_rng(i)) for i in range(3)])
+    worlds = plan.Worlds(env, starts, starts, history=3, frameskip=5)
+    seen = [worlds.obs["visual"].copy()]
+    assert (worlds.past["visual"] == seen[0][:, None]).all() and not worlds.taken.any()
+    actions = np.random.default_rng(0).uniform(-1, 1, (3, 3, 10)).astype(np.float32)
+    for t in range(3):
+        worlds.act(np.array([0, 2]), actions[[0, 2], t : t + 1])
+        seen.append(worlds.obs["visual"].copy())
+        expected = np.stack([seen[0], *seen][-3:], axis=1)
+        assert (worlds.past["visual"][[0, 2]] == expected[[0, 2]]).all()
+    assert (worlds.taken.reshape(3, 2, 10)[[0, 2]] == actions[[0, 2], 1:]).all()
+    assert not worlds.taken[1].any() and (worlds.past["visual"][1] == seen[0][1]).all()
+
+
+@pytest.mark.parametrize("history", [1, 3])
+def test_objectives_by_hand(history):
+    model = tiny_model()
+    env = data.make_env("pointmaze")
+    starts = np.array([env.sample_state(np.random.default_rng(i)) for i in range(4)])
+    worlds = plan.Worlds(env, starts[:2], starts[2:], history=history, frameskip=5)
+    worlds.act(np.arange(2), np.full((2, 1, 10), 0.3, np.float32))
+    actions, device = torch.rand(2, 3, 4, 10), torch.device("cpu")
+    with torch.no_grad():
+        goal = model.encode({k: torch.from_numpy(o[:, None]) for k, o in worlds.goal_obs.items()})
+        known = model.encode({k: torch.from_numpy(o) for k, o in worlds.past.items()})
+        for b, m in ((0, 2), (1, 0)):
+            before = (
+                torch.tensor([0.0, 0.3])[-history + 1 :, None].expand(-1, 10) if history > 1 else torch.zeros(0, 10)
+            )
+            z = model.rollout({k: v[b : b + 1] for k, v in known.items()}, torch.cat([before, actions[b, m]])[None])
+            J = sum(
+                weight * (z[k][0, history - 1 :] - goal[k][b]).flatten(1).square().mean(1)
+                for k, weight in (("visual", 1), ("proprio", 0.5))
+            )
+            w = torch.tensor([1.0, 3, 9, 27, 81]) / 121
+            for objective, expected in (("last", J[-1]), ("all", (w * J).mean())):
+                cost = plan.latent_cost(model, worlds, 0.5, device, objective, 3.0)(np.arange(2))(actions)
+                assert cost.shape == (2, 3)
+                torch.testing.assert_close(cost[b, m], expected)
+
+
+def test_every_planner_plans_and_several_make_a_table(workplace, script):
+    script("train", *TINY, "--name", "tiny")
+    planners = ["cem", "gd", "mpc-gd", "mpc-icem", "mppi"]
+    budget = ["--n-evals", 2, "--max-iter", 2, "--num-samples", 20, "--topk", 5, "--opt-steps", 2, "--n-gifs", 0]
+    code, out, err = script("plan", *budget, "--planner", ",".join(planners), "--baselines", "random,oracle")
+    assert code == 0, err
+    table = (workplace / "plan_outputs" / "tiny" / "table.md").read_text()
+    assert table in out and table.startswith(
+        "| planner | search per plan | plans × model steps | success | random | or"
+    )
+    assert "| `gd` | 2 gradient steps | 1 × 5 |" in table and "| `mpc-icem` | 2 × 20 candidates | 2 × 5 |" in table
+    for planner in planners:
+        result = json.loads((workplace / "plan_outputs" / "tiny" / planner / "results.json").read_text())
+        assert len(result["success_by_iter"]) == (2 if planner.startswith("mpc-") else 1)
+        assert len(result["controls"]["oracle"]) == len(result["success_by_iter"])
+
+
+def test_gradient_descent_comes_closer_to_the_goal_in_imagination(workplace, script):
+    script("train", *TINY, "--name", "tiny")
+    model, env, device = predictor.WorldModel.load("runs/tiny"), data.make_env("pointmaze"), torch.device("cpu")
+    costs = {}
+    for kind, steps in (("randn", 1), ("randn", 40), ("zero", 40)):
+        options = ["--planner", "gd", "--opt-steps", str(steps), "--lr", "30", "--sample-type", kind]
+        args = plan.get_args([*options, "--n-evals", "4"])
+        worlds = plan.Worlds(env, *plan.make_problems(env, args, 5), films=4)
+        cost = plan.latent_cost(model, worlds, 0.0, device)(np.arange(4))
+        success = plan.solve(worlds, plan.latent_cost(model, worlds, 0.0, device), model, args, device)
+        assert success.shape == (1, 4) and abs(np.array([p[0][1] for p in worlds.plans])).max() <= 1
+        actions = torch.from_numpy(np.stack([p[0][1] for p in worlds.plans])).view(4, 1, 5, 10)
+        costs[kind, steps] = cost(actions).mean().item()
+    assert costs["randn", 40] < 0.9 * costs["randn", 1] and costs["zero", 40] < costs["randn", 1]
+
+
+def test_the_papers_variant_trains_and_plans_with_its_defaults(workplace, script):
+    code, _, err = script("train", *TINY, "--variant", "paper")
+    assert code == 0, err
+    budget = ["--n-evals", 2, "--num-samples", 20, "--topk", 5, "--opt-steps", 1, "--n-gifs", 1, "--goal-H", 3]
+    code, _, err = script("plan", *budget)
+    assert code == 0, err
+    result = json.loads((workplace / "plan_outputs" / "pointmaze_pca_paper" / "results.json").read_text())
+    settled = {name: result["args"][name] for name in ("n_taken_actions", "history", "max_iter")}
+    assert settled == {"n_taken_actions": 1, "history": 3, "max_iter": 30}
+    args = train.get_args(["--variant", "paper", "--encoder", "dinov2"])
+    assert args.encoder_img_size == 224 and args.name == "pointmaze_dinov2_paper"
+    code, _, err = script("plan", *budget, "--history", 1, "--n-taken-actions", 2, "--max-iter", 1, "--name", "other")
+    assert code == 0, err
+
+
+def test_goals_out_of_a_file_are_those_saved(workplace, script):
+    script("train", *TINY, "--name", "tiny")
+    for source in ("random_action", "random_state"):
+        code, _, err = script(
+            "plan", *BUDGET, "--goal-source", source, "--save-targets", "goals.json", "--name", "first"
+        )
+        assert code == 0, err
+        env = data.make_env("pointmaze")
+        starts, goals = plan.read_problems("goals.json", "pointmaze")
+        assert starts.shape == goals.shape == (3, 4)
+    args = plan.get_args(["--n-evals", "3"])
+    for saved, drawn in zip((starts, goals), plan.make_problems(env, args, 5), strict=True):
+        assert np.array_equal(saved, drawn)
+    code, _, err = script("plan", *BUDGET, "--goal-source", "file", "--goal-file", "goals.json", "--name", "second")
+    assert code == 0, err
+    first, second = (json.loads(Path(f"plan_outputs/{name}/results.json").read_text()) for name in ("first", "second"))
+    assert first["success_by_iter"] == second["success_by_iter"] and second["n_evals"] == 3
+
+    content = json.loads(Path("goals.json").read_text())
+    command = ["plan", *BUDGET, "--goal-source", "file", "--goal-file"]
+    for broken, message in (
+        (content | {"env": "pointmaze-large"}, "goals.json holds problems of pointmaze-large"),
+        (content | {"goals": content["goals"][:2]}, "goals.json is no file of --save-targets (starts and goals are of"),
+        ({"starts": []}, "goals.json is no file of --save-targets"), ([1], "goals.json is no file of --save-targets"),
+    ):  # fmt: skip
+        Path("goals.json").write_text(json.dumps(broken))
+        code, _, err = script(*command, "goals.json", "--name", "third")
+        assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+    code, _, err = script(*command, "nowhere.json", "--name", "third")
+    assert code == 2 and "no file at nowhere.json: write one with --save-targets" in err
+    assert not Path("plan_outputs/third").exists()
 
 
 def test_a_killed_training_resumes_bit_for_bit(workplace):
@@ -1852,6 +2197,19 @@ def test_linear_probe_and_intervals():
         ("plan --ckpt a b", "one --ckpt at a time can plan; --horizon-error compares several"),
         ("plan --ckpt a b --horizon-error 3", "no checkpoint at a/model.pt"),
         ("plan --ckpt a --horizon-error 0", "not a positive whole number"),
+        ("train --predictor rwm --rollout-steps 1 --concat-dim 0", "--predictor rwm has no --concat-dim"),
+        (
+            "train --concat-dim 0 --variant paper",
+            "--concat-dim 0 wants proprio and action as wide as a token, 32, not 0",
+        ),
+        ("train --variant paper --predictor rwm", "--variant paper is DINO-WM's, of --predictor vit, not rwm"),
+        ("train --decoder vq", "here is one token a frame: --decoder plain"),
+        ("train --decoder jpeg", "invalid choice: 'jpeg'"),
+        ("plan --ckpt a --planner cem,sgd", "unknown --planner sgd; known: cem, icem, mppi, gd, mpc-cem"),
+        ("plan --ckpt a --goal-source file", "--goal-source file and --goal-file PATH go together"),
+        ("plan --ckpt a --goal-file x.json", "--goal-source file and --goal-file PATH go together"),
+        ("plan --ckpt a --lr 0", "--temperature and --lr must be above 0"),
+        ("plan --ckpt a --keep 300", "--keep 300 leaves no new candidate of --num-samples 300"),
         ("plan --ckpt a --momentum 1", "--momentum must be at least 0 and below 1"),
         ("plan --ckpt a --maxnorm 0", "and --maxnorm above 0"),
         ("plan --ckpt a --shift dark", "invalid choice: 'dark'"),
@@ -2210,16 +2568,21 @@ class TheirViT(nn.Module):
 
 
 class TheirEmbedding(nn.Module):
-    def __init__(self, width):
+    def __init__(self, width, emb_dim=10):
         super().__init__()
-        self.patch_embed = nn.Conv1d(width, 10, kernel_size=1, stride=1)
+        self.patch_embed = nn.Conv1d(width, emb_dim, kernel_size=1, stride=1)
 
 
-class TheirDecoder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("cluster_size", torch.zeros(3))
-        self.upsample_b = nn.ModuleDict({"blocks": nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())})
+def as_modules(state):
+    """Nested modules with these tensors, which behave as nothing."""
+    root = nn.Module()
+    for name, tensor in state.items():
+        *parents, leaf = name.split(".")
+        module = root
+        for parent in parents:
+            module = module._modules.setdefault(parent, nn.Module())
+        module.register_parameter(leaf, nn.Parameter(tensor))
+    return root
 
 
 class TheirOptimizer:
@@ -2230,7 +2593,7 @@ class TheirOptimizer:
 HOMES = {
     TheirAttention: "models.vit.Attention", TheirFeedForward: "models.vit.FeedForward",
     TheirTransformer: "models.vit.Transformer", TheirViT: "models.vit.ViTPredictor",
-    TheirEmbedding: "models.proprio.ProprioceptiveEmbedding", TheirDecoder: "models.vqvae.VQVAE",
+    TheirEmbedding: "models.proprio.ProprioceptiveEmbedding",
     TheirOptimizer: "accelerate.optimizer.AcceleratedOptimizer",
 }  # fmt: skip
 
@@ -2259,6 +2622,7 @@ num_pred: 1
 has_decoder: true
 env: {name: point_maze, dataset: {normalize_action: true, data_path: point_maze}}
 encoder: {_target_: models.dino.DinoV2Encoder, name: dinov2_vits14, feature_key: x_norm_patchtokens}
+decoder: {_target_: models.vqvae.VQVAE, channel: 4, n_embed: 3, n_res_block: 1, n_res_channel: 2, quantize: true}
 predictor: {_target_: models.vit.ViTPredictor, depth: 2, heads: 2, mlp_dim: 8, dropout: 0.1, emb_dropout: 0, pool: mean}
 """
 
@@ -2273,8 +2637,10 @@ def released_run(archive):
     optimizer = torch.optim.AdamW(vit.parameters())
     vit(torch.randn(1, 4, 404)).sum().backward()
     optimizer.step()  # its state is a defaultdict of tensors
-    content = dict(epoch=3, predictor=vit, predictor_optimizer=TheirOptimizer(optimizer), decoder=TheirDecoder(),
-                   action_encoder=TheirEmbedding(10), proprio_encoder=TheirEmbedding(4))  # fmt: skip
+    decoder = decoders.VQVAEDecoder(384, 32, channel=4, n_res_block=1, n_res_channel=2, quantize=True, n_embed=3)
+    content = dict(epoch=3, predictor=vit, predictor_optimizer=TheirOptimizer(optimizer),
+                   decoder=as_modules(decoder.state_dict()), action_encoder=TheirEmbedding(10),
+                   proprio_encoder=TheirEmbedding(4))  # fmt: skip
     save_as_released(content, run / "checkpoints" / "model_latest.pth")
     return run, content
 
@@ -2303,23 +2669,44 @@ def test_a_released_run_computes_what_its_modules_did(released_run):
         imagined = model.rollout(z, actions)
     torch.testing.assert_close(imagined["visual"], x[..., :384], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(imagined["proprio"], x[:, :, 0, 384:394], rtol=1e-4, atol=1e-5)
-    _, tensors = released.read_run(run)
-    assert {k for k in tensors if k.startswith("decoder.")} == {
-        "decoder.cluster_size", "decoder.upsample_b.blocks.0.weight", "decoder.upsample_b.blocks.0.bias"
-    }  # fmt: skip
+    assert model.decoder.quantize and model.decode(z["visual"]).shape == (2, 1, 32, 32, 3)
+    for name, tensor in theirs["decoder"].state_dict().items():
+        torch.testing.assert_close(model.decoder.state_dict()[name], tensor, rtol=0, atol=0)
+
+
+def test_other_compositions_of_the_release_come_over(released_run):
+    """Two tokens more, as wide as the others; and copies of embeddings of different widths."""
+    run, content = released_run
+    for concat_dim, widths, repeats, dim in ((0, (384, 384), (1, 1), 384), (1, (6, 8), (2, 3), 384 + 2 * 6 + 3 * 8)):
+        tokens = 6 if concat_dim == 0 else 4
+        content |= dict(predictor=TheirViT(dim, 3 * tokens, tokens), proprio_encoder=TheirEmbedding(4, widths[0]))
+        content |= dict(action_encoder=TheirEmbedding(10, widths[1]))
+        save_as_released(content, run / "checkpoints" / "model_latest.pth")
+        settings = SETTINGS.replace("concat_dim: 1", f"concat_dim: {concat_dim}")
+        for name, width, repeat in zip(("proprio", "action"), widths, repeats, strict=True):
+            settings = settings.replace(f"{name}_emb_dim: 10", f"{name}_emb_dim: {width}")
+            settings = settings.replace(f"num_{name}_repeat: 1", f"num_{name}_repeat: {repeat}")
+        (run / "hydra.yaml").write_text(settings)
+        model = released.load_model(run, weights="random")
+        z = {"visual": torch.randn(2, 1, 4, 384), "proprio": torch.randn(2, 1, widths[0])}
+        a = torch.randn(2, 1, widths[1])
+        if concat_dim == 0:
+            x = torch.cat([z["visual"], z["proprio"][:, :, None], a[:, :, None]], dim=2)
+        else:
+            parts = torch.cat([z["proprio"], z["proprio"], a, a, a], dim=-1)
+            x = torch.cat([z["visual"], parts[:, :, None].expand(-1, -1, 4, -1)], dim=-1)
+        with torch.no_grad():
+            theirs = content["predictor"].eval()(x.flatten(1, 2)).view(x.shape)
+            after = model.predict(z, a)
+        expected = theirs[:, :, -2] if concat_dim == 0 else theirs[:, :, 0, 384 : 384 + widths[0]]
+        torch.testing.assert_close(after["visual"], theirs[:, :, :4, :384], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(after["proprio"][:, :, 0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_released_encoder_that_was_trained_comes_over(released_run):
     run, content = released_run
     eyes = encoders.build_encoder("dinov2", weights="random").vit  # 196 px; the run's are 28
-    content["encoder"] = nn.Module()
-    for name, tensor in {f"base_model.{k}": v for k, v in eyes.state_dict().items()}.items():
-        *parents, leaf = name.split(".")
-        module = content["encoder"]
-        for parent in parents:
-            module._modules.setdefault(parent, nn.Module())
-            module = module._modules[parent]
-        module.register_parameter(leaf, nn.Parameter(tensor))
+    content["encoder"] = as_modules({f"base_model.{k}": v for k, v in eyes.state_dict().items()})
     save_as_released(content, run / "checkpoints" / "model_latest.pth")
     model = released.load_model(run)
     resampled = encoders.resample_positions(eyes.pos_embed, 5)
@@ -2334,8 +2721,8 @@ def test_a_released_run_plans_at_once_or_converted(released_run, script):
     assert json.loads(Path("plan_outputs/pm/results.json").read_text())["n_evals"] == 3
     code, out, err = script("plan", "--ckpt", run, "--weights", "random", "--convert", "runs/pm")
     assert code == 0 and "python plan.py --ckpt runs/pm" in out, err
-    code, _, err = script("plan", "--ckpt", "runs/pm", *BUDGET, "--goal-source", "dset")
-    assert code == 0, err
+    code, out, err = script("plan", "--ckpt", "runs/pm", *BUDGET, "--goal-source", "dset", "--n-gifs", 1, "--decode")
+    assert code == 0 and "PSNR" in out, err
     code, out, _ = script("released", run)
     assert code == 0 and "predictor.blocks.1.0.to_qkv.weight" in out and "depth: 2" in out
     code, _, err = script("plan", "--ckpt", run, "--weights", "random", "--convert", "runs/pm")

@@ -10,9 +10,12 @@ model steps are drawn and the transition model learns to predict the next latent
     python train.py --rollout-steps 5 --name own     # learns from its own predictions, too
     python train.py --predictor rwm --encoder state  # the Robotic World Model on the true state
     python train.py --predictor vjepa2_ac            # V-JEPA 2-AC
+    python train.py --variant paper                  # what DINO-WM's text says where its code does otherwise
+    python train.py --decoder                        # and a decoder, to look at what it imagines
 
-Writes runs/NAME/: args.json, model.pt, log.csv, curves.png. A run that was interrupted goes on from its last
-epoch when the same command is given again, and ends bit for bit (on the CPU) where it would have.
+Writes runs/NAME/: args.json, model.pt, log.csv, curves.png; with a decoder imagined.png and imagined.gif. A run that
+was interrupted goes on from its last epoch when the same command is given again, and ends bit for bit (on the CPU)
+where it would have.
 """
 
 import argparse
@@ -32,6 +35,7 @@ from tqdm import tqdm
 import data
 import released
 from data import UserError, Windows, natural, positive, run_script, write_atomic
+from decoders import beside, likeness, write_gif, write_strips
 from encoders import chunks
 from predictor import PREDICTORS, WorldModel, available_device, build_eyes, load_checkpoint
 from vae_mdnrnn import to_tensor
@@ -45,6 +49,8 @@ PAPER = dict(depth=6, heads=16, dim_head=64, mlp_dim=2048, dropout=0.1)
 LAPTOP = dict(depth=4, heads=4, dim_head=32, mlp_dim=256, dropout=0.0)
 RWM = dict(width=256, depth=2, mlp_dim=128)
 AC = dict(width=128, depth=4, heads=4, mlp_dim=512)
+COMPOSITION = dict(concat_dim=1, num_proprio_repeat=1, num_action_repeat=1)  # of vit's tokens
+DECODER_LR, DECODER_FRAMES = 3e-4, 32  # Adam's, as released; frames a step, the last of a window each: windows overlap
 FIT_FRAMES = 20_000  # of the training episodes, for encoders that learn from frames
 
 
@@ -78,6 +84,14 @@ def get_args(argv=None):
     add("--mlp-dim", type=positive, help="width of its feed-forward layers (default: vit 2048 for patches, else 256; "
         "rwm 128; vjepa2_ac 512)")  # fmt: skip
     add("--dropout", type=float, help="of vit (default: 0.1 for patches, else 0)")
+    add("--concat-dim", type=int, choices=(0, 1), help="of vit: proprio and action go onto every token (1, the "
+        "default), or are two tokens more (0)")  # fmt: skip
+    add("--num-proprio-repeat", type=positive, help="copies of proprio on a token, with --concat-dim 1 (default: 1)")
+    add("--num-action-repeat", type=positive, help="copies of the action there (default: 1)")
+    add("--variant", choices=("repository", "paper"), default="repository", help="DINO-WM as released, or as its text "
+        "has it: 224 px into DINOv2, no proprio, an MLP for actions, a loss on the next frame alone")  # fmt: skip
+    add("--decoder", nargs="?", const="plain", choices=("plain", "vq"), help="train one, too, to look at what is "
+        "imagined; vq: with a codebook")  # fmt: skip
     add("--epochs", type=positive, help="passes over the windows (default: 100 for patches, 20 for one token)")
     add("--steps", type=positive, help="gradient steps in all, instead of --epochs")
     add("--batch-size", type=positive, help="windows per step (default: 32 for patches, 128 for one token)")
@@ -91,12 +105,18 @@ def get_args(argv=None):
     args.env, args.img_size = args.env or world["env"], args.img_size or world["img_size"]
     if args.encoder_size:
         args.encoder += f"-{args.encoder_size}"
-    args.name = args.name or f"{args.env}_{args.encoder}" + f"_{args.predictor}" * (args.predictor != "vit")
+    other = f"_{args.predictor}" * (args.predictor != "vit") + "_paper" * (args.variant == "paper")
+    args.name = args.name or f"{args.env}_{args.encoder}{other}"
     args.rollout_steps = args.rollout_steps or PREDICTORS[args.predictor].rollout_steps
     for option in ("lr", "dropout"):
         value = getattr(args, option)
         if value is not None and not 0 <= value < 1:
             raise UserError(f"--{option} {value} is not between 0 and 1")
+    if args.variant == "paper":
+        if args.predictor != "vit":
+            raise UserError(f"--variant paper is DINO-WM's, of --predictor vit, not {args.predictor}")
+        if args.encoder.startswith("dino"):  # 256 patches; the release makes them 196, for its decoder's sake
+            args.encoder_img_size = args.encoder_img_size or 224
     if not 0 < args.rollout_decay <= 1:
         raise UserError(f"--rollout-decay {args.rollout_decay} is not above 0 and at most 1")
     if args.predictor_weights and args.predictor != "vjepa2_ac":
@@ -106,13 +126,24 @@ def get_args(argv=None):
 
 def transition_sizes(args, single):
     """The transition model's keyword arguments: its default sizes, and what the flags say otherwise."""
-    sizes = dict({"vit": LAPTOP if single else PAPER, "rwm": RWM, "vjepa2_ac": AC}[args.predictor])
-    for name in ("width", "depth", "heads", "mlp_dim", "dropout"):
+    vit = (LAPTOP if single else PAPER) | COMPOSITION
+    sizes = dict({"vit": vit, "rwm": RWM, "vjepa2_ac": AC}[args.predictor])
+    for name in ("width", "depth", "heads", "mlp_dim", "dropout", *COMPOSITION):
         if (value := getattr(args, name)) is not None:
             if name not in sizes:
                 raise UserError(f"--predictor {args.predictor} has no --{name.replace('_', '-')}")
             sizes[name] = value
     return sizes
+
+
+def decoder_sizes(args, single):
+    """The decoder's keyword arguments, or None: the release's sizes for its frames, and less for smaller ones."""
+    if args.decoder is None:
+        return None
+    sizes = dict(img_size=args.img_size)
+    if args.img_size < 224:
+        sizes |= dict(depth=16) if single else dict(channel=64, n_res_block=2, n_res_channel=32)
+    return sizes | (dict(quantize=True) if args.decoder == "vq" else {})
 
 
 def open_dataset(args):
@@ -179,10 +210,10 @@ class TokensOnDemand:
         return torch.cat(tokens).cpu().numpy()[where.reshape(rows.shape)]
 
 
-def batches(windows, tokens, batch_size, device, order):
+def batches(windows, tokens, batch_size, device, order, frames=0):
     """Yields the windows in the given order as dictionaries of tensors."""
     for i in range(0, len(order), batch_size):
-        batch = windows.batch(order[i : i + batch_size], tokens)
+        batch = windows.batch(order[i : i + batch_size], tokens, frames)
         yield {name: torch.from_numpy(array).to(device, torch.float32) for name, array in batch.items()}
 
 
@@ -206,6 +237,32 @@ def validate(model, windows, tokens, batch_size, device, rollout):
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value * len(visual) / len(windows)
     return sums
+
+
+@torch.no_grad()
+def look(model, windows, tokens, device, directory, count=8):
+    """Pictures of what is imagined from the first true frames of some windows on, and how good they are: mean squared
+    errors of decoded true latents ("recon", "vq") and of decoded one-step predictions, which is in no loss; PSNR and
+    SSIM of what is imagined.
+
+    imagined.png has three rows for each of four windows: the frames, their latents decoded, the imagined ones decoded.
+    """
+    model.eval()
+    order = np.linspace(0, len(windows) - 1, count).astype(int)
+    (batch,) = batches(windows, tokens, count, device, order, windows.num_frames)
+    z, frames, H, known = model.encode(batch), batch["frames"], model.num_hist, model.context
+    source = {name: latent[:, :H] for name, latent in z.items()}
+    predicted = model.predict(source, model.encode_action(batch["action"][:, :H]))["visual"]
+    _, recon, vq = model.decoder_loss(z["visual"], frames)
+    _, recon_pred, _ = model.decoder_loss(predicted, frames[:, 1 : H + 1])
+    start = {name: latent[:, :known] for name, latent in z.items()}
+    imagined = model.decode(model.rollout(start, batch["action"][:, :-1])["visual"])
+    real, decoded = frames.byte().cpu().numpy(), model.decode(z["visual"])
+    write_strips(directory / "imagined.png", *(film[i] for i in range(4) for film in (real, decoded, imagined)))
+    films = np.concatenate([beside(real[i], imagined[i]) for i in range(4)])
+    write_gif(directory / "imagined.gif", films.repeat(model.frameskip, axis=0))
+    errors = {"recon": recon.item(), "vq": vq.item(), "recon_pred": recon_pred.item()}
+    return errors | likeness(imagined[:, known:], real[:, known:])
 
 
 def write_log(directory, log):
@@ -259,6 +316,7 @@ def train(args):
         )
     train_windows = Windows(dataset, train_episodes, num_frames, args.frameskip)
     val_windows = Windows(dataset, val_episodes, num_frames, args.frameskip)
+    look_windows = Windows(dataset, val_episodes, max(num_frames, min(10, longest)), args.frameskip)
 
     single = encoder.num_patches == 1
     sizes = transition_sizes(args, single)
@@ -268,12 +326,17 @@ def train(args):
     stats = dataset.statistics(train_episodes)
     model = WorldModel(
         encoder, stats["action"], stats["proprio"], args.num_hist, args.num_pred, args.frameskip,
-        world=dict(env=args.env, img_size=args.img_size, data=str(dataset.path)), predictor=args.predictor, **sizes,
+        emb_dim=encoder.dim if args.concat_dim == 0 else 10,
+        world=dict(env=args.env, img_size=args.img_size, data=str(dataset.path)), predictor=args.predictor,
+        variant=args.variant, decoder=decoder_sizes(args, single), **sizes,
     ).to(device)  # fmt: skip
     if args.predictor_weights and resumed is None:
         model.predictor.load_released(args.predictor_weights)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr)
+    decoder = [] if model.decoder is None else list(model.decoder.parameters())
+    trained = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("decoder.")]
+    optimizer = torch.optim.AdamW(
+        [{"params": trained}] + [{"params": decoder, "lr": DECODER_LR, "weight_decay": 0.0}] * bool(decoder), lr=args.lr
+    )
     steps_per_epoch = -(-len(train_windows) // batch_size)
     total_steps = args.steps or epochs * steps_per_epoch
     epochs = -(-total_steps // steps_per_epoch)
@@ -303,11 +366,15 @@ def train(args):
         steps = min(steps_per_epoch, total_steps - epoch * steps_per_epoch)
         model.train()
         start, total = time.perf_counter(), torch.zeros((), device=device)
-        for batch in batches(train_windows, tokens, batch_size, device, order[: steps * batch_size]):
+        for batch in batches(train_windows, tokens, batch_size, device, order[: steps * batch_size], bool(decoder)):
+            decoder_loss = 0.0
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 loss, _ = model.loss(batch, *rollout)
+                if decoder:
+                    visual = model.encode(batch)["visual"][:DECODER_FRAMES, -1:]
+                    decoder_loss, *_ = model.decoder_loss(visual, batch["frames"][:DECODER_FRAMES])
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            (loss + decoder_loss).backward()
             optimizer.step()
             schedule.step()
             total += loss.detach()
@@ -316,6 +383,8 @@ def train(args):
             raise UserError(f"the loss is not finite in epoch {epoch + 1}: try a smaller --lr")
         entry = {"epoch": epoch + 1, "train": total.item() / steps}
         entry |= validate(model, val_windows, tokens, batch_size, device, rollout)
+        if decoder:
+            entry |= look(model, look_windows, tokens, device, directory)
         log.append(entry | {"seconds": round(time.perf_counter() - start, 2)})
         bar.set_postfix_str(f"val {entry['val']:.4f}, copying {entry['copy']:.4f}")
         unfinished = dict(optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), log=log)
