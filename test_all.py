@@ -2408,7 +2408,7 @@ def test_pointmaze_d4rl_poses_the_releases_problems():
         if in_a_leg or in_the_bend:
             expected.append([x, y, rng.uniform(-5.2262554, 5.2262554), rng.uniform(-5.2262554, 5.2262554)])
     np.testing.assert_array_equal(env.sample_problem(99, 3), expected)
-    args = types.SimpleNamespace(seed=[99, 7], n_evals=4, goal_H=5)
+    args = types.SimpleNamespace(seed=[99, 7], n_evals=4, goal_H=5, goal_source="random_state")
     starts, goals = plan.make_problems(env, args, 5)
     np.testing.assert_array_equal([starts[3], goals[3]], expected)
     np.testing.assert_array_equal(starts[5], env.sample_problem(7, 1)[0])
