@@ -10,15 +10,17 @@ arXiv:1711.00937); each token may first be replaced by e_k, the nearest of its c
 they follow the tokens by a moving average (appendix A.1 there), so that with a frozen encoder the second term teaches
 nothing, and is but their distance. `TransposedConvDecoder`, for one token a frame, paints from that vector.
 
-Beside them, how good a picture is: PSNR and SSIM (Wang et al., 2004). LPIPS, the release's third, is left out: it wants
-a pretrained VGG.
+Beside them, how good a picture is: PSNR, SSIM (Wang et al., 2004) and, where torchvision's VGG-16 has been downloaded,
+LPIPS (Zhang et al., 2018, arXiv:1801.03924).
 
     python decoders.py            # shapes, parameters, frames per second
     python train.py --decoder     # trains one; then python plan.py --decode
 """
 
+import functools
 import math
 import time
+from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
@@ -190,10 +192,24 @@ def ssim(images, truth):
     return ((2 * m_x * m_y + c_1) * (2 * s_xy + c_2) / ((m_x**2 + m_y**2 + c_1) * (s_x + s_y + c_2))).mean()
 
 
+@functools.cache
+def perceptual_metric():
+    """LPIPS on VGG-16 as a function of two batches of images, or None where torch's cache lacks the weights."""
+    if not Path(torch.hub.get_dir(), "checkpoints", "vgg16-397923af.pth").is_file():
+        return None
+    import lpips  # here, since it takes seconds
+
+    return lpips.LPIPS(net="vgg", verbose=False)
+
+
+@torch.no_grad()
 def likeness(frames, truth):
-    """{"psnr", "ssim"} of uint8 frames (..., H, W, 3)."""
+    """{"psnr", "ssim", with VGG-16 at hand "lpips"} of uint8 frames (..., H, W, 3)."""
     x, y = (torch.from_numpy(f.reshape(-1, *f.shape[-3:])).permute(0, 3, 1, 2) / 255 for f in (frames, truth))
-    return {"psnr": psnr(x, y).item(), "ssim": ssim(x, y).item()}
+    scores = {"psnr": psnr(x, y).item(), "ssim": ssim(x, y).item()}
+    if metric := perceptual_metric():
+        scores["lpips"] = metric(x, y, normalize=True).mean().item()
+    return scores
 
 
 def beside(*panels):

@@ -573,7 +573,8 @@ def run(model, env, starts, goals, args, device, out):
     write_atomic(out / "success.png", lambda path: draw(results, path))
     print_table(results)
     if results["imagination"]:
-        print("imagined against real frames: PSNR {psnr:.1f} dB, SSIM {ssim:.3f}".format(**results["imagination"]))
+        scores = ", ".join(f"{name.upper()} {value:.3f}" for name, value in results["imagination"].items())
+        print(f"imagined against real frames: {scores}")
     print(f"\n{seconds:.0f} s of planning and acting; {out}/ holds results.json, success.png and the GIFs")
     return results
 

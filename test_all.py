@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
-from torchvision import transforms
+from torchvision import models, transforms
 
 import cem
 import data
@@ -965,9 +965,7 @@ def test_vjepa2_in_both_formats(images, tmp_path):
 
 
 def test_resnets_and_r3m(images, tmp_path):
-    from torchvision.models import resnet18
-
-    net = resnet18()
+    net = models.resnet18()
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_mean.uniform_(-0.2, 0.2), module.running_var.uniform_(0.5, 2), module.weight.data.uniform_()
@@ -1862,6 +1860,18 @@ def test_psnr_and_ssim():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoders.F, "conv2d", middle)
         assert decoders.ssim(a, b).item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torchvision")
+def test_lpips_where_its_weights_are_at_hand(tmp_path, monkeypatch):
+    a, b = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64, 3), dtype=np.uint8)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(decoders, "perceptual_metric", decoders.perceptual_metric.__wrapped__)
+    assert decoders.likeness(a, b).keys() == {"psnr", "ssim"}
+    vgg = models.vgg16(init_weights=False)
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    torch.save(vgg.state_dict(), tmp_path / "hub/checkpoints/vgg16-397923af.pth")
+    assert decoders.likeness(a, a)["lpips"] == 0 and decoders.likeness(a, b)["lpips"] > 0.01
 
 
 # -- train.py and plan.py -----------------------------------------------------------------------------------

@@ -242,8 +242,8 @@ def validate(model, windows, tokens, batch_size, device, rollout):
 @torch.no_grad()
 def look(model, windows, tokens, device, directory, count=8):
     """Pictures of what is imagined from the first true frames of some windows on, and how good they are: mean squared
-    errors of decoded true latents ("recon", "vq") and of decoded one-step predictions, which is in no loss; PSNR and
-    SSIM of what is imagined.
+    errors of decoded true latents ("recon", "vq") and of decoded one-step predictions, which is in no loss; the
+    `likeness` of what is imagined.
 
     imagined.png has three rows for each of four windows: the frames, their latents decoded, the imagined ones decoded.
     """
@@ -270,7 +270,7 @@ def write_log(directory, log):
 
     def write_csv(path):
         with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, log[0].keys())
+            writer = csv.DictWriter(file, log[-1].keys(), extrasaction="ignore")
             writer.writeheader()
             writer.writerows(log)
 
