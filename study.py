@@ -43,7 +43,7 @@ from predictor import WorldModel, available_device, build_eyes
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-LAPTOP = "pca,vae,patches,vjepa_tiny"
+LAPTOP = "pca,vae,vae_map,patches,vjepa_tiny"
 SHIFTED = "pointmaze"  # where other looks are planned in
 
 
