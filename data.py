@@ -44,8 +44,8 @@ if sys.platform.startswith("linux"):
     os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen; to be set before mujoco is imported
     os.environ.setdefault("LP_NUM_THREADS", "1")  # of the software renderer: there is a process per core already
     with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
-        # Keep freed memory (M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD): a network on the CPU wants the same large blocks
-        # again at every step, and new pages for them took a fifth to a third of its time.
+        # Keep freed memory (M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD): a plan's imagination on the CPU wants the same
+        # large blocks over and over, and new pages for them took a quarter of its time.
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):
             ctypes.CDLL("libc.so.6").mallopt(option, value)
 
@@ -70,20 +70,32 @@ class UserError(Exception):
 def run_script(main):
     """Runs a script's `main`: an error that a user can cause is one line on stderr and exit code 2."""
     try:
-        main()
+        return main()
     except UserError as error:
-        sys.exit(_complain(error))
+        message = str(error)
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        sys.exit(_complain(f"cannot write {error.filename or 'the output'}: {error.strerror}"))
+        message = f"cannot write {error.filename or 'the output'}: {error.strerror}"
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _complain(message):
     print(f"error: {message}", file=sys.stderr)
-    return 2
+    sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """What every script parses its flags with: --help says the defaults that there are, an error is one line."""
+
+    class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):
+            unsaid = action.default is None or action.default is False
+            return action.help if unsaid else super()._get_help_string(action)
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=self.Formatter, allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise UserError(message)
 
 
 def natural(text):
@@ -100,11 +112,27 @@ def positive(text):
     return int(text)
 
 
+def per_second(call, seconds=1):
+    """How often a second `call()` is done."""
+    start, n = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        call()
+        n += 1
+    return n / (time.perf_counter() - start)
+
+
+def write_csv(path, rows):
+    """A table of the dictionaries `rows`, atomically; what a row lacks is left empty."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names] + [[str(row.get(name, "")) for name in names] for row in rows]
+    write_atomic(path, lambda temporary: temporary.write_text("".join(",".join(line) + "\n" for line in lines)))
+
+
 def write_atomic(path, write):
     """Calls `write(temporary_path)`, then renames: `path` is either whole or as it was before."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")  # each process its own
     try:
         write(temporary)
         temporary.replace(path)
@@ -675,8 +703,9 @@ class Windows:
         starts, ends = dataset.episode_starts[episodes], dataset.episode_ends[episodes] - span + 1
         if not (starts < ends).any():
             raise UserError(
-                f"no episode of {dataset.path} is as long as a window: {span} rows "
-                f"(num_hist + num_pred = {num_frames} model steps), the longest has {(ends - starts).max() + span - 1}"
+                f"no episode of {dataset.path} is as long as a window of {num_frames} model steps, {span} rows; the "
+                f"longest has {(ends - starts).max() + span - 1}: collect longer ones (python data.py --steps), or "
+                "lower --num-hist or --rollout-steps"
             )
         self.starts = np.concatenate([np.arange(s, e) for s, e in zip(starts, ends, strict=True)])
 
@@ -724,18 +753,19 @@ def inspect(dataset):
 def bench(env_name, img_size):
     env = make_env(env_name, img_size)
     env.reset(seed=0)
-    for what, render in (("rendered", True), ("physics only", False)):
-        start, n = time.perf_counter(), 0
-        while time.perf_counter() - start < 2:
-            env.step(env.action_space.sample(), render)
-            n += 1
-        print(f"{env_name} {img_size}x{img_size}, {what}: {n / 2:.0f} environment steps/s per process")
+
+    def step(render):
+        _, _, done, truncated, _ = env.step(env.action_space.sample(), render)
+        if done or truncated:
+            env.reset()
+
+    for what, render in (("rendered", True), ("not looked at", False)):
+        rate = per_second(lambda: step(render), 2)  # noqa: B023
+        print(f"{env_name} {img_size}x{img_size}, {what}: {rate:.0f} environment steps/s per process")
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--env", default="pointmaze", help=f"one of {', '.join(ENVIRONMENTS)}")
     parser.add_argument("--episodes", type=positive, default=2000, help="episodes to collect")
     parser.add_argument("--steps", type=positive, default=20, help="model steps (rows) per episode")
@@ -753,17 +783,8 @@ def main():
     if args.bench:
         return bench(args.env, args.img_size)
     out = Path(args.out or f"datasets/{args.env}")
-    dataset = collect(
-        out,
-        args.env,
-        args.episodes,
-        args.steps,
-        args.frameskip,
-        args.img_size,
-        args.seed,
-        args.workers,
-        args.overwrite,
-    )
+    what = args.env, args.episodes, args.steps, args.frameskip, args.img_size
+    dataset = collect(out, *what, args.seed, args.workers, args.overwrite)
     print(f"{len(dataset)} episodes, {len(dataset.frames)} frames in {out}")
 
 

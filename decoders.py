@@ -19,7 +19,6 @@ LPIPS (Zhang et al., 2018, arXiv:1801.03924).
 
 import functools
 import math
-import time
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -28,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import UserError, run_script, write_atomic
+from data import UserError, per_second, run_script, write_atomic
 
 
 class Quantize(nn.Module):
@@ -42,7 +41,11 @@ class Quantize(nn.Module):
         self.register_buffer("embed_avg", self.embed.clone())
 
     def forward(self, x):
-        """(..., d) -> codes (..., d), and their mean squared distance."""
+        """(..., d) -> codes (..., d), and their mean squared distance; in full precision, as a moving average needs."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.quantize(x.float())
+
+    def quantize(self, x):
         flat = x.flatten(0, -2)
         distance = flat.square().sum(1, keepdim=True) - 2 * flat @ self.embed + self.embed.square().sum(0)
         chosen = distance.argmin(1)
@@ -242,11 +245,8 @@ def main():
         decoder, z = build_decoder(num_patches, dim, **sizes).eval(), torch.randn(1, 2, num_patches, dim)
         with torch.no_grad():
             images, _ = decoder(z)
-            start, n = time.perf_counter(), 0
-            while time.perf_counter() - start < 1:
-                decoder(z)
-                n += 2
-        million, rate = sum(p.numel() for p in decoder.parameters()) / 1e6, n / (time.perf_counter() - start)
+            rate = 2 * per_second(lambda: decoder(z))  # noqa: B023
+        million = sum(p.numel() for p in decoder.parameters()) / 1e6
         print(f"{what:20} {tuple(z.shape)} -> {tuple(images.shape)}  {million:6.2f} M parameters  {rate:7.3g} frames/s")
 
 

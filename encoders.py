@@ -10,19 +10,17 @@
     pretrained, as they are    dinov2  dinov2_imagenet  dino_cls  dinov3  vjepa2  resnet18  resnet18_map  r3m
     pretrained, then learned   dino_tok  dino_tok_vq  vfm_vae        on DINOv2, the baseline's own backbone
 
-Every image is resized whole (bilinear, antialias), never cropped: the border of a frame is part of the world. What the
-pixels are normalised by stands beside each name in ENCODERS, at the end.
+Every image is resized whole (bilinear, antialias), never cropped: the border of a frame is part of the world. The
+pretrained see pixels normalised as ImageNet's, but `dinov2` and `dino_cls` by DINO-WM's 0.5.
 
     python encoders.py                                      # the table: tokens, width, parameters, weights, frames/s
     python encoders.py --show pictures                      # three principal components of the tokens, as colours
     python encoders.py --show pictures --encoders dinov2,dinov3 --weights random
 """
 
-import argparse
 import copy
 import math
 import re
-import time
 import urllib.error
 import urllib.request
 from functools import partial
@@ -34,8 +32,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import Dataset, UserError, Windows, make_env, positive, run_script, write_atomic
-from vae_mdnrnn import VAE, fit, sample_z, to_tensor, train_vae
+import data
+from data import Dataset, Parser, UserError, Windows, make_env, positive, run_script, write_atomic
+from vae_mdnrnn import VAE, fit, load_tensors, sample_z, to_tensor, train_vae
 
 DINOV2, DINOV3 = "vit_{}_patch14_dinov2.lvd142m", "vit_{}_patch16_dinov3.lvd1689m"  # timm's names, but for the size
 SIZES = {"small": 384, "base": 768, "large": 1024}  # and their widths
@@ -48,6 +47,7 @@ class FrozenEncoder(nn.Module):
     `train()` says. N is one, or with a `patch` size one a patch."""
 
     clip_frames = 1  # how many consecutive frames make a clip, for those whose `fit` learns from motion
+    damping = 0.1  # of `standardise`: a number that hardly varies is not blown up
 
     def __init__(self, name, img_size, dim, patch=None):
         super().__init__()
@@ -74,15 +74,25 @@ class FrozenEncoder(nn.Module):
         mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
         return self.resize((images - mean) / std)
 
-    def standardise(self, latents, damping):
+    def filtered(self, images):
+        """L x L^T of images (B, 3, h, w) -> (B, 3, grid, grid), L being the buffer `lowpass`."""
+        return self.lowpass @ self.resize(images) @ self.lowpass.T
+
+    def standardise(self, latents):
         """Sets the buffers `mean` and `scale` from latents (S, d): scale_i = s_i + damping * max s."""
         std = latents.std(0)
         self.mean.copy_(latents.mean(0))
-        self.scale.copy_(std + damping * std.max())
+        self.scale.copy_(std + self.damping * std.max())
 
 
 def chunks(frames, size=500):
     return (frames[i : i + size] for i in range(0, len(frames), size))
+
+
+@torch.no_grad()
+def see_all(see, frames, device, size=500):
+    """`see`, a function of images (B, 3, h, w), of frames (S, h, w, 3), `size` at a time."""
+    return torch.cat([see(to_tensor(some, device)) for some in chunks(frames, size)])
 
 
 def gaussian_lowpass(samples, pixels, sigma):
@@ -99,28 +109,21 @@ class PCAEncoder(FrozenEncoder):
         token_i = v_i . (y - mean) / (s_i + c s_1)         v_i, s_i: principal axis, its standard deviation; c: damping
 
     Blurring makes the latent change smoothly as the ball moves, so distance in the latent grows with distance in the
-    maze: with the true dynamics and this cost, CEM reaches 0.76 of 100 goals in one MPC iteration with sigma 0.08,
-    0.86 with 0.16. Full whitening (c = 0) would make the last, noisy components as loud as the first.
-
-    Args: dim, number of components; sigma, width of the filter as a fraction of the image; damping, c; grid,
-    samples a side.
+    maze. Full whitening (c = 0) would make the last, noisy components as loud as the first.
     """
 
-    def __init__(self, img_size=64, dim=32, sigma=0.14, damping=0.05, grid=16):
+    damping = 0.05
+
+    def __init__(self, img_size=64, dim=32, sigma=0.14, grid=16):
         super().__init__("pca", img_size, dim)
-        self.damping = damping
         self.register_buffer("lowpass", gaussian_lowpass(grid, img_size, sigma))
         self.register_buffer("mean", torch.zeros(3 * grid**2))
         self.register_buffer("axes", torch.zeros(3 * grid**2, dim))  # v_i / (s_i + c s_1)
 
-    def filtered(self, images):
-        """(B, 3, h, w) -> (B, 3 * grid^2)."""
-        return (self.lowpass @ self.resize(images) @ self.lowpass.T).flatten(1)
-
     @torch.no_grad()
     def fit(self, frames, seed=0):
         """frames (S, H, W, 3) uint8. Exact, by the eigenvectors of the covariance."""
-        y = torch.cat([self.filtered(to_tensor(f, self.mean.device)) for f in chunks(frames)])
+        y = see_all(self.filtered, frames, self.mean.device).flatten(1)  # (S, 3 * grid^2)
         self.mean.copy_(y.mean(0))
         variance, vectors = torch.linalg.eigh(torch.cov(y.T.double()))  # ascending
         std = variance.clamp(min=0).sqrt().flip(0)[: self.dim]
@@ -129,7 +132,7 @@ class PCAEncoder(FrozenEncoder):
 
     @torch.no_grad()
     def forward(self, images):
-        return ((self.filtered(images) - self.mean) @ self.axes)[:, None]  # (B, 1, d)
+        return ((self.filtered(images).flatten(1) - self.mean) @ self.axes)[:, None]  # (B, 1, d)
 
 
 class SpatialVAE(VAE):
@@ -160,31 +163,23 @@ class VAEEncoder(FrozenEncoder):
         token_i = (mu_i(x') - m_i) / (s_i + c max s)    m_i, s_i: mean and standard deviation of mu_i
 
     What V lacks on the plain frames, and what is done about it:
-    - Training length. The ball is 2 % of the pixels and the rest never changes: V paints the background first, and
-      after 400 steps of 64 frames all means are still constant, with the KL term at full weight and free bits, at 0.01
-      of it, or on blurred frames at 0.001. Without the mean frame and at full contrast (x'), a linear map reads the
-      ball's position from mu to 0.1 m after 200 steps of 32 frames.
-    - The weight of the KL term. At 1, saying where the ball is costs more nats than the frame gains: beta = 0.01.
-    - Collapsed dimensions. Even so fewer of the 32 stay in use the longer V trains (8 after 1,600 steps). The others
-      are noise, which a division by their own tiny deviation would blow up: hence c.
-    - Scale. A sharp ball's latent says that two places differ, not how far apart they are; L makes neighbours overlap.
+    - The ball is 2 % of the pixels, and V paints the background first: x' is without it, at full contrast.
+    - With the KL term at full weight, saying where the ball is costs more nats than the frame gains: beta.
+    - Dimensions that collapse even so are noise, which a division by their tiny deviation would blow up: c.
+    - A sharp ball's latent says that two places differ, not how far apart they are; L makes neighbours overlap.
     """
 
-    def __init__(self, name="vae", img_size=64, spatial=False, sigma=0.1, beta=0.01, damping=0.1):
+    def __init__(self, name, img_size=64, spatial=False, sigma=0.1, beta=0.01):
         if img_size != 64:
             raise UserError(f"--encoder {name} sees 64 px, as the paper's V, not {img_size}")
         super().__init__(name, img_size, dim=16 if spatial else 32, patch=16 if spatial else None)
         self.vae = SpatialVAE(self.dim) if spatial else VAE(self.dim)
-        self.beta, self.damping = beta, damping
+        self.beta = beta
         self.register_buffer("lowpass", gaussian_lowpass(64, 64, sigma))
         self.register_buffer("background", torch.zeros(3, 64, 64))
         self.register_buffer("gain", torch.ones(()))
         self.register_buffer("mean", torch.zeros(self.num_patches * self.dim))
         self.register_buffer("scale", torch.ones(self.num_patches * self.dim))
-
-    def filtered(self, images):
-        """L x L^T of images (B, 3, h, w) -> (B, 3, 64, 64)."""
-        return self.lowpass @ self.resize(images) @ self.lowpass.T
 
     def contrast(self, images):
         """x' (B, 3, 64, 64) of images (B, 3, h, w)."""
@@ -197,13 +192,15 @@ class VAEEncoder(FrozenEncoder):
     def fit(self, frames, seed=0, steps=2000):
         """frames (S, H, W, 3) uint8."""
         device = self.mean.device
-        sample = self.filtered(to_tensor(frames[:: max(1, len(frames) // 4000)], device))
+        sample = see_all(self.filtered, frames[:: max(1, len(frames) // 4000)], device)
+        if (sample == sample[0]).all():
+            raise UserError(f"--encoder {self.name}: all frames are the same, there is nothing to learn from them")
         self.background.copy_(sample.mean(0))
         self.gain.copy_(0.5 / (sample - self.background).abs().amax())
         self.vae.requires_grad_(True)
         train_vae(self.vae, frames, steps, batch_size=32, beta=self.beta, kl_tolerance=0, seed=seed, see=self.contrast)
         self.freeze()
-        self.standardise(torch.cat([self.posterior_mean(to_tensor(f, device)) for f in chunks(frames)]), self.damping)
+        self.standardise(see_all(self.posterior_mean, frames, device))
         return self
 
     def forward(self, images):
@@ -230,7 +227,7 @@ class PatchEncoder(FrozenEncoder):
 
     def fit(self, frames, seed=0):
         """frames (S, H, W, 3) uint8."""
-        tokens = torch.cat([self(to_tensor(f, self.mean.device)) for f in chunks(frames)])
+        tokens = see_all(self, frames, self.mean.device)
         self.mean.copy_(tokens.mean(0))
         self.scale.copy_((tokens - self.mean).square().mean().sqrt())
         return self
@@ -251,15 +248,13 @@ class ViTEncoder(FrozenEncoder):
 
     Args:
         name: ours; model: timm's, with a place for the size; its weights are the Hugging Face repository timm/<model>.
-        img_size: side that the image is resized to, a multiple of the patch size.
-        weights: None for the pretrained ones, a Hugging Face repository, a local file or folder in timm's,
-            transformers' or the original repository's format, or "random".
+        weights: in timm's, transformers' or the original repository's format.
         pixels: their mean and std. cls: the class token alone, (B, 1, d).
     """
 
     def __init__(self, name, img_size, size, weights, model, pixels, cls=False):
         model = model.format(size)
-        patch = int(model.split("patch")[1].split("_")[0])
+        patch = int(re.search(r"patch(\d+)", model)[1])
         super().__init__(name, img_size, SIZES[size], patch)
         # timm has DINOv3 with and without biases of q, k, v. Only with them does every original checkpoint fit.
         self.vit = timm.create_model(model.replace("dinov3.", "dinov3_qkvb."), img_size=img_size, num_classes=0)
@@ -463,23 +458,19 @@ class VJEPATinyEncoder(FrozenEncoder):
         E' <- momentum E' + (1 - momentum) E               E, E': video ViTs; P: a smaller transformer
         token = LN(E'([x, x]))                             as `vjepa2`: a frame twice makes a clip of one tubelet
 
-    A linear map reads the ball's position from the tokens to 0.03 m (0.07 m before training, and from `patches`).
-
     Not as in the release:
-    - Each pixel is standardised over the frames. The ball is 2 % of them: with the mean frame subtracted alone, the
-      tokens' deviation over the frames shrank from 0.08 to 0.02 in 300 steps.
-    - Blocks hide half of the clip, not all of it: where a ball is that is hidden throughout, nobody can say. (With the
-      mean frame subtracted alone: 0.03 m, and 0.06 m when they hid all of it.)
+    - Each pixel is standardised over the frames: the ball is 2 % of them, and the tokens collapse towards the rest.
+    - Blocks hide half of the clip, not all of it: where a ball is that is hidden throughout, nobody can say.
     - 1,500 steps of 16 clips, hence a faster average (0.998, not 0.99925); no weight decay, no augmentation.
     """
 
     clip_frames = 8
     MASKS = (8, 0.15, 0.5), (2, 0.7, 0.5)  # short and long range: blocks, their share of a frame, of the clip
 
-    def __init__(self, img_size=64, dim=64, patch=16, depth=3, heads=2, damping=0.1):
+    def __init__(self, img_size=64, dim=64, patch=16, depth=3, heads=2):
         super().__init__("vjepa_tiny", img_size, dim, patch)
         self.grid = self.clip_frames // 2, img_size // patch, img_size // patch
-        self.vit, self.damping = VideoViT(self.grid, patch, dim, depth, heads), damping
+        self.vit = VideoViT(self.grid, patch, dim, depth, heads)
         self.register_buffer("mean", torch.zeros(3 * img_size**2))
         self.register_buffer("scale", torch.ones(3 * img_size**2))
 
@@ -491,7 +482,7 @@ class VJEPATinyEncoder(FrozenEncoder):
         """frames (S, H, W, 3) uint8, every `clip_frames` in a row a clip. UserError if the tokens collapse."""
         device, T = self.mean.device, self.clip_frames
         sample = frames[:: max(1, len(frames) // 4000)]
-        self.standardise(self.resize(to_tensor(sample, device)).flatten(1), self.damping)
+        self.standardise(see_all(self.resize, sample, device).flatten(1))
         encoder = copy.deepcopy(self.vit).requires_grad_(True)
         predictor = MaskedPredictor(self.grid, self.dim, self.dim, depth=2, heads=2).to(device)
 
@@ -511,7 +502,7 @@ class VJEPATinyEncoder(FrozenEncoder):
 
         fit(nn.ModuleList([encoder, predictor]), loss, steps, 1e-3, seed, "train V-JEPA")
         self.freeze()
-        std, rank = collapse_measures(torch.cat([self(to_tensor(c, device)) for c in chunks(sample)]))
+        std, rank = collapse_measures(see_all(self, sample, device))
         print(f"{self.name}: standard deviation {std:.2f} over the frames, effective rank {rank:.1f} of {self.dim}")
         if std < 0.05 or rank < 2:
             raise UserError(
@@ -541,7 +532,8 @@ class DINOTok(FrozenEncoder):
     No whitening: within a branch the leading components dominate every distance, which is what the paper's global PCA
     is for. The paper's code and weights are not released and it trains its codebooks and a decoder on ImageNet; here
     the axes are exact, the codebooks are k-means centres, both of our frames, and nothing is decoded. Ours, too: the
-    shallow layer (after a third of the blocks), k, the size of the codebooks, and DINOv2 below, the baseline's eye.
+    shallow layer (after a third of the blocks), k, the size of the codebooks, and DINOv2 below: with ImageNet's pixels,
+    so that `dinov2_imagenet` is what to compare with.
     """
 
     def __init__(self, name, img_size, size, weights, dim=64, codes=0):
@@ -583,17 +575,15 @@ class DINOTok(FrozenEncoder):
 
 
 def kmeans(x, k, generator, steps=20):
-    """Lloyd's algorithm: x (n, d) -> centres (k, d). A centre without points moves to a random one."""
-
-    def draw(count):
-        return x[torch.randint(len(x), (count,), generator=generator).to(x.device)]
-
-    centres, x = draw(k), draw(min(len(x), 50_000))
+    """Lloyd's algorithm on at most 50,000 of x (n, d) -> centres (k, d). One without points moves to a random one."""
+    x = x[torch.randperm(len(x), generator=generator)[:50_000].to(x.device)]
+    draw = lambda: x[torch.randint(len(x), (k,), generator=generator).to(x.device)]  # noqa: E731
+    centres = draw()
     for _ in range(steps):
         nearest = torch.cdist(x, centres).argmin(1)
         sums = torch.zeros_like(centres).index_add_(0, nearest, x)
         counts = torch.bincount(nearest, minlength=k)[:, None]
-        centres = torch.where(counts > 0, sums / counts.clamp(min=1), draw(k))
+        centres = torch.where(counts > 0, sums / counts.clamp(min=1), draw())
     return centres
 
 
@@ -611,10 +601,10 @@ class VFMVAE(FrozenEncoder):
     token is the posterior mean, each number standardised.
     """
 
-    def __init__(self, name, img_size, size, weights, dim=32, damping=0.1):
+    def __init__(self, name, img_size, size, weights, dim=32):
         super().__init__(name, img_size, dim, patch=14)
         self.backbone = ViTEncoder(name, img_size, size, weights, DINOV2, IMAGENET)
-        self.repository, self.damping, d = self.backbone.repository, damping, self.backbone.dim
+        self.repository, d = self.backbone.repository, self.backbone.dim
         self.levels = nn.ModuleList(nn.Linear(d, 64) for _ in range(3))
         self.to_latent, self.to_features = nn.Linear(3 * 64, 2 * dim), nn.Linear(dim, d)
         self.decoder = FusionDecoder(dim)
@@ -651,10 +641,9 @@ class VFMVAE(FrozenEncoder):
         learned = nn.ModuleList([self.levels, self.to_latent, self.to_features, self.decoder]).requires_grad_(True)
         fit(learned, loss, steps, 1e-3, seed, "train VFM-VAE")
         self.freeze()
-        with torch.no_grad():
-            sample = frames[:: -(-len(frames) // 500)]
-            mu = torch.cat([self.posterior(self.features(to_tensor(c, device)))[0] for c in chunks(sample, 50)])
-        self.standardise(mu.flatten(0, 1), self.damping)
+        sample = frames[:: -(-len(frames) // 500)]
+        mu = see_all(lambda images: self.posterior(self.features(images))[0], sample, device, 50)
+        self.standardise(mu.flatten(0, 1))
         return self
 
     @torch.no_grad()
@@ -694,30 +683,29 @@ class FusionDecoder(nn.Module):
 # Weights: found, renamed to the names of the model that we run, and loaded whole or not at all
 
 
-def load_weights(model, weights, repository, rename):
+def load_weights(model, weights, repository, names):
     """Loads `weights` (a file, a folder, a Hugging Face repository; None for `repository`) into `model`."""
     if weights == "random":
         return
     if weights is None and repository is None:
         raise UserError("R3M's weights are on no hub: get model.pt as its README says, and give --weights PATH")
     files = weight_files(weights or repository)
-    load_state(model, {k: v for file in files for k, v in read_tensors(file).items()}, rename, files[0])
+    load_state(model, {k: v for file in files for k, v in read_tensors(file).items()}, names, files[0])
 
 
-def load_state(model, state, rename, source):
-    """Loads a dictionary of tensors from the file `source` into `model`, whole or not at all."""
+def load_state(model, state, names, source):
+    """Loads a dictionary of tensors from the file `source`, its keys renamed by `names`, into `model`, whole or not at
+    all."""
     own = model.state_dict()
     try:
-        state = rename(state)
+        state = names(state)
         if "pos_embed" in own and "pos_embed" in state:
             state["pos_embed"] = resample_positions(state["pos_embed"], own["pos_embed"].shape[1])
     except (AttributeError, TypeError, ValueError, RuntimeError):
         raise UserError(f"{source} does not hold the weights of a {type(model).__name__}") from None
-    missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    shapes = sorted(k for k in own.keys() & state.keys() if own[k].shape != getattr(state[k], "shape", None))
-    if missing or unknown or shapes:
-        problems = [f"{len(k)} {what}, e.g. {k[0]}" for what, k in
-                    (("missing", missing), ("unknown", unknown), ("of another shape", shapes)) if k]  # fmt: skip
+    shapes = {k for k in own.keys() & state.keys() if own[k].shape != getattr(state[k], "shape", None)}
+    kinds = {"missing": own.keys() - state.keys(), "unknown": state.keys() - own.keys(), "of another shape": shapes}
+    if problems := [f"{len(keys)} {kind}, e.g. {min(keys)}" for kind, keys in kinds.items() if keys]:
         raise UserError(f"{source} is a checkpoint of another architecture: keys {'; '.join(problems)}")
     model.load_state_dict(state)
 
@@ -728,18 +716,20 @@ def weight_files(source):
     if path.is_file():
         return [path]
     if path.is_dir():
-        if files := sorted(path.glob("model*.safetensors")):
-            return files
+        whole, shards = path / "model.safetensors", sorted(path.glob("model-*.safetensors"))
+        if whole.is_file() or shards:
+            return [whole] if whole.is_file() else shards
         raise UserError(f"no model.safetensors in the folder {path}")
     if re.fullmatch(r"[\w-]+/[\w.-]+", str(source)) and path.suffix not in (".pth", ".pt", ".safetensors"):
         return [Path(download(str(source)))]
     raise UserError(f"no weights at {path}: --weights takes a file, a folder, a Hugging Face repository, or 'random'")
 
 
-def download(repository, filename="model.safetensors"):
-    """The local path of a file of a Hugging Face repository, from the cache or the network."""
+def download(repository):
+    """The local path of a Hugging Face repository's model.safetensors, from the cache or the network."""
     import huggingface_hub as hub
 
+    filename = "model.safetensors"
     try:
         return hub.hf_hub_download(repository, filename, local_files_only=True)
     except hub.errors.LocalEntryNotFoundError:
@@ -751,22 +741,26 @@ def download(repository, filename="model.safetensors"):
         return hub.hf_hub_download(repository, filename)
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
-            raise UserError(f"{repository} is gated: accept its licence there and log in, or {help}") from None
+            raise UserError(
+                f"{repository} is gated (accept its licence there and log in), private, or not there: or {help}"
+            ) from None
         raise UserError(f"{repository} answers {error.code} for {filename}: {help}") from None
-    except OSError:
+    except OSError as error:
+        if error.errno in data.DISK_ERRORS:
+            raise
         raise UserError(f"the weights {repository}/{filename} are not here, and no network: {help}") from None
 
 
 def read_tensors(path):
     """The dictionary in a .safetensors, .pth or .pt file; never executes a pickle."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+    if path.suffix != ".safetensors":
+        return load_tensors(path)
+    from safetensors.torch import load_file
 
-            return load_file(path)
-        return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # the formats' libraries raise whatever they like on a damaged file
-        raise UserError(f"{path} is damaged, or no file of tensors ({type(error).__name__})") from None
+    try:
+        return load_file(path)
+    except Exception:  # the library raises whatever it likes on a damaged file
+        raise UserError(f"{path} is damaged, or no file of safetensors") from None
 
 
 def resample_positions(positions, length):
@@ -780,15 +774,13 @@ def resample_positions(positions, length):
     return torch.cat([positions[:, :1], grid.flatten(2).mT], dim=1)
 
 
-def substitute(state, rules):
-    """Renames the keys by regular expressions, in order; a rule to None drops what it matches."""
+def rename(state, rules, drop="(?!)"):
+    """The keys renamed by regular expressions, one after the other, without those in which `drop` is found."""
     renamed = {}
     for key, tensor in state.items():
-        for pattern, new in rules:
-            if new is None and re.search(pattern, key):
-                break
-            key = re.sub(pattern, new or "", key)
-        else:
+        if not re.search(drop, key):
+            for pattern, new in rules:
+                key = re.sub(pattern, new, key)
             renamed[key] = tensor
     return renamed
 
@@ -796,7 +788,8 @@ def substitute(state, rules):
 def vit_names(vit, state):
     """DINOv2's and DINOv3's names -> timm's. Sources: the models in facebookresearch/dinov2 and dinov3, and the
     conversion scripts convert_dinov2_to_hf.py and convert_dinov3_vit_to_hf.py in huggingface/transformers."""
-    state = substitute(state, [
+    unused = r"mask_token$|^rope_embed\.|\.qkv\.bias_mask$"  # of training; derived from the image size; constant
+    state = rename(state, [
         (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),  # transformers' -> the original
         (r"^embeddings\.position_embeddings$", "pos_embed"),
         (r"^embeddings\.register_tokens$", "storage_tokens"),
@@ -808,8 +801,7 @@ def vit_names(vit, state):
         (r"\.mlp\.up_proj\.", ".mlp.fc1."),
         (r"\.mlp\.down_proj\.", ".mlp.fc2."),
         (r"^layernorm\.", "norm."),
-        (r"^mask_token$|^rope_embed\.|\.qkv\.bias_mask$", None),  # of training; derived from the image size; constant
-    ])  # fmt: skip
+    ], drop=unused)  # fmt: skip
     dinov3 = "pos_embed" not in state
     no_bias = not any(key.endswith(("bias", "q_bias")) and ".attn.q" in key for key in state)
     for attn in (f"blocks.{i}.attn." for i in range(len(vit.blocks))):
@@ -817,39 +809,39 @@ def vit_names(vit, state):
             q, k, v = (state.pop(f"{attn}{part}.{kind}", None) for part in "qkv")
             if dinov3 and kind == "bias" and q is not None:
                 k = torch.zeros_like(q)  # its keys have no bias; the original multiplies one by zeros
-            if None not in (q, k, v):
+            if all(part is not None for part in (q, k, v)):
                 state[f"{attn}qkv.{kind}"] = torch.cat([q, k, v])
         if dinov3 and no_bias:  # timm's files lack the biases, which are zeros in those that it has
             state[f"{attn}qkv.bias"] = torch.zeros(3 * vit.embed_dim)
         if dinov3 and f"{attn}qkv.bias" in state:
             state[f"{attn}q_bias"], _, state[f"{attn}v_bias"] = state.pop(f"{attn}qkv.bias").chunk(3)
     rules = [(r"^storage_tokens$", "reg_token"), (r"\.ls(\d)\.gamma$", r".gamma_\1")]
-    return substitute(state, rules) if dinov3 else state
+    return rename(state, rules) if dinov3 else state
 
 
 def vjepa2_names(state):
     """V-JEPA 2's names -> those of the encoder in transformers' VJEPA2Model. Sources: src/hub/backbones.py in
     facebookresearch/vjepa2, convert_vjepa2_to_hf.py in huggingface/transformers."""
     if "encoder" in state:  # the original file: {"encoder", "predictor", "opt", "epoch", ...}
-        state = substitute(state["encoder"], [
+        unused = "pos_embed$"  # there, but positions are rotary
+        state = rename(state["encoder"], [
             (r"^(module\.)?(backbone\.)?", ""),
-            (r"^pos_embed$", None),  # there, but never used: positions are rotary
             (r"^patch_embed\.", "embeddings.patch_embeddings."),
             (r"^blocks\.", "layer."),
             (r"\.attn\.", ".attention."),
             (r"^norm\.", "layernorm."),
-        ])  # fmt: skip
+        ], drop=unused)  # fmt: skip
         for key in [k for k in state if ".qkv." in k]:
             q, k, v = state.pop(key).chunk(3)
             state |= {key.replace("qkv", name): part for name, part in (("query", q), ("key", k), ("value", v))}
-    return substitute(state, [(r"^predictor\.", None), (r"^encoder\.", "")])
+    return rename(state, [(r"^encoder\.", "")], drop=r"^predictor\.")
 
 
 def resnet_names(state):
     """torchvision's and R3M's names -> timm's, which are torchvision's. Source: r3m/__init__.py in
     facebookresearch/r3m, whose files hold {"r3m": the state of a DataParallel with `convnet` and a language head}."""
-    rules = [(r"^module\.", ""), (r"^convnet\.", ""), (r"^lang_(enc|rew)\.|^fc\.", None)]  # fc: ImageNet's classes
-    state = substitute(state.get("r3m", state), rules)
+    rules = [(r"^module\.", ""), (r"^convnet\.", "")]
+    state = rename(state.get("r3m", state), rules, drop=r"(^|\.)(lang_(enc|rew)|fc)\.")  # fc: ImageNet's classes
     means = [key for key in state if key.endswith("running_mean")]  # older files lack the counters, which eval ignores
     return {key.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for key in means} | state
 
@@ -893,7 +885,7 @@ def build_encoder(name, img_size=None, weights=None):
     if size and size not in sizes:
         raise UserError(f"--encoder {base} has no size '{size}', but {', '.join(sizes) or 'one alone'}")
     if licence is None and weights not in (None, "random"):
-        raise UserError(f"--encoder {base} learns from the collected frames, if at all: it takes no --weights")
+        raise UserError(f"--encoder {base} learns from the collected frames: it takes no --weights")
     own_size = next(iter(sizes), None)
     name = f"{base}-{size}" if size and size != own_size else base
     return build(name, img_size or own_img_size, size or own_size, weights).freeze()
@@ -910,18 +902,14 @@ def print_table(names, batch_size):
     for name in names:
         encoder, licence = build_encoder(name, weights="random"), ENCODERS[name.partition("-")[0]][3]
         images = torch.rand(batch_size, 3, encoder.img_size, encoder.img_size)
-        tokens, n, start = encoder(images[:1]), 0, time.perf_counter()
-        while time.perf_counter() - start < 1:
-            encoder(images)
-            n += batch_size
-        rate = n / (time.perf_counter() - start)
+        rate = batch_size * data.per_second(lambda: encoder(images))  # noqa: B023
         size = sum(p.numel() for p in encoder.parameters()) / 1e6
-        weights = "fitted on the collected frames" if hasattr(encoder, "fit") else "none"
+        weights = "fitted on the collected frames"
         if licence:
             found = encoder.repository and hub.try_to_load_from_cache(encoder.repository, "model.safetensors")
             weights = f"{encoder.repository or '--weights FILE'} ({licence}, {'' if found else 'not '}here)"
-        _, n, d = tokens.shape
-        print(f"{name:15} {encoder.img_size:5} {n:6} {d:5} {size:8.2f} {rate:8.3g}  {weights}")
+        shape = f"{encoder.num_patches:6} {encoder.dim:5}"
+        print(f"{name:15} {encoder.img_size:5} {shape} {size:8.2f} {rate:8.3g}  {weights}")
 
 
 def sample_frames(dataset, clips=50, length=8):
@@ -970,7 +958,7 @@ def show(names, weights, frames, directory, count=4):
             continue
         if hasattr(encoder, "fit"):
             encoder.fit(frames)
-        tokens = torch.cat([encoder(to_tensor(c)) for c in chunks(seen, 10)])
+        tokens = see_all(encoder, seen, "cpu", 10)
         label = f"{name}\nrandom weights" if pretrained and weights == "random" else name
         rows[f"{label}\n{tokens.shape[1]} x {tokens.shape[2]}"] = principal_colours(tokens)[:count].numpy()
     size = (1.5 * count + 1, 1.5 * len(rows))
@@ -986,9 +974,7 @@ def show(names, weights, frames, directory, count=4):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--encoders", default=",".join(ENCODERS), help="which, with commas between")
     add("--batch-size", type=positive, default=8, help="for frames/s in the table")

@@ -40,21 +40,20 @@ from tqdm import tqdm
 
 import released
 from cem import cem, coloured_noise, gradient_descent, mpc, mppi
-from data import SHIFTS, UserError, make_env, natural, positive, run_script, write_atomic
+from data import SHIFTS, Parser, UserError, make_env, natural, positive, run_script, write_atomic
 from decoders import beside, likeness, write_gif, write_strips
-from predictor import available_device
+from vae_mdnrnn import available_device
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+CONTROLS = {"random": "random policy", "oracle": "true simulator"}
 METHODS = ("cem", "icem", "mppi", "gd")
 PLANNERS = METHODS + tuple(f"mpc-{method}" for method in METHODS)
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--ckpt", nargs="+", help="the run to plan with, ours or released by DINO-WM (default: the newest under runs/)")
     add("--weights", help="of a released run's encoder, which it lacks: as train.py's")
@@ -112,12 +111,12 @@ def get_args(argv=None):
         raise UserError(
             "--var-scale, --base, --temperature and --lr must be above 0, --alpha and --action-noise not below"
         )
-    if args.keep >= args.num_samples:
+    if "icem" in args.planner and args.keep >= args.num_samples:
         raise UserError(f"--keep {args.keep} leaves no new candidate of --num-samples {args.num_samples}")
     if not 0 <= args.momentum < 1 or args.maxnorm is not None and args.maxnorm <= 0:
         raise UserError("--momentum must be at least 0 and below 1, and --maxnorm above 0")
-    if unknown := set(args.baselines) - {"random", "oracle"}:
-        raise UserError(f"unknown --baselines {', '.join(unknown)}; known: random, oracle")
+    if unknown := set(args.baselines) - CONTROLS.keys():
+        raise UserError(f"unknown --baselines {', '.join(sorted(unknown))}; known: random, oracle")
     if args.ckpt is None:
         runs = sorted(Path("runs").glob("*/model.pt"), key=lambda path: path.stat().st_mtime)
         if not runs:
@@ -167,8 +166,14 @@ def read_problems(path, env_name):
 def make_problems(env, args, frameskip, dataset=None):
     """Start and goal states, each (n_evals per seed, state_dim)."""
     problems = []
-    if args.goal_source == "random_action":
-        action_stats = dataset.statistics(dataset.split()[0])["action"]
+    if dataset is not None:
+        train_episodes, episodes = dataset.split()
+        mean, std = dataset.statistics(train_episodes)["action"]
+        span = args.goal_H * frameskip // dataset.meta["frameskip"]
+        lengths = dataset.episode_ends - dataset.episode_starts
+        episodes = [e for e in episodes if lengths[e] > span]
+        if not episodes:
+            raise UserError(f"no validation episode of {dataset.path} is longer than {span} rows (--goal-H)")
     for seed in args.seed:
         rng = np.random.default_rng([seed, 1])
         for n in range(args.n_evals):
@@ -177,16 +182,10 @@ def make_problems(env, args, frameskip, dataset=None):
             elif dataset is None:
                 problems.append((env.sample_state(rng), env.sample_state(rng)))
             else:
-                span = args.goal_H * frameskip // dataset.meta["frameskip"]
-                lengths = dataset.episode_ends - dataset.episode_starts
-                episodes = [e for e in dataset.split()[1] if lengths[e] > span]
-                if not episodes:
-                    raise UserError(f"no validation episode of {dataset.path} is longer than {span} rows (--goal-H)")
                 episode = rng.choice(episodes)
                 row = dataset.episode_starts[episode] + rng.integers(lengths[episode] - span)
                 start, goal = dataset.states[row], dataset.states[row + span]
                 if args.goal_source == "random_action":  # normal, as the data's actions spread
-                    mean, std = action_stats
                     actions = rng.normal(mean, std, (1, args.goal_H * frameskip, len(mean)))
                     (goal,) = env.simulate(start[None], actions)
                 problems.append((start, goal))
@@ -196,7 +195,7 @@ def make_problems(env, args, frameskip, dataset=None):
 class Worlds:
     """One simulation for all problems: a state each, and the last observation of each.
 
-    With a `history`, the last so many observations `past` {name: (B, history, ...)} and the actions `taken`
+    With a `history`, the last so many observations `past` {name: (B, history, ...)}, and the actions `taken`
     (B, (history - 1) * frameskip, DoF) between them, of a ball at rest at first. Of the first `films` problems what
     happens is filmed, and the `plans` are kept: what was seen when each was made, and its actions.
     """
@@ -220,26 +219,29 @@ class Worlds:
         return {name: np.stack([o[name] for o in obs]) for name in obs[0]}
 
     def act(self, problems, actions):
-        """Executes actions (B, n, frameskip * DoF) in the worlds `problems` (B,), observes, and returns which
-        of them now stand at their goals. A history has an observation after every call: n should be 1 then."""
-        actions = actions.reshape(len(actions), -1, self.dof)
+        """Executes actions (B, n, frameskip * DoF) in the worlds `problems` (B,), observes at the end, or with a
+        history after every one of the n, and returns which of them now stand at their goals."""
         for i, sequence in zip(problems, actions, strict=True):
             if i < len(self.films):
                 seen = {name: o[i].copy() for name, o in self.past.items()}
-                self.plans[i].append((seen, np.concatenate([self.taken[i], sequence])))
+                self.plans[i].append((seen, np.concatenate([self.taken[i], sequence.reshape(-1, self.dof)])))
+        for step in np.split(actions, actions.shape[1], axis=1) if self.taken.size else [actions]:
+            self.execute(problems, step.reshape(len(actions), -1, self.dof))
+        return self.env.goal_reached(self.states[problems], self.goals[problems])
+
+    def execute(self, problems, actions):
+        """Executes environment actions (B, n, DoF) in the worlds `problems`, and observes."""
+        for i, sequence in zip(problems, actions, strict=True):
             self.env.set_state(self.states[i])
             for action in sequence:
                 self.env.step(action, render=False)
                 if i < len(self.films):
                     self.films[i].append(self.env.render())
             self.states[i] = self.env.state
-        seen = self.observe(self.states[problems])
-        for name in seen:
-            self.obs[name][problems] = seen[name]
-            past = [self.past[name][problems, 1:], seen[name][:, None]]
-            self.past[name][problems] = np.concatenate(past, axis=1)
+        for name, seen in self.observe(self.states[problems]).items():
+            self.obs[name][problems] = seen
+            self.past[name][problems] = np.concatenate([self.past[name][problems, 1:], seen[:, None]], axis=1)
         self.taken[problems] = np.concatenate([self.taken[problems], actions], axis=1)[:, actions.shape[1] :]
-        return self.env.goal_reached(self.states[problems], self.goals[problems])
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -250,7 +252,7 @@ class Worlds:
 def latent_cost(model, worlds, alpha, device, objective="last", base=2.0):
     """Returns problems (B,) -> cost, where cost(actions (B, M, T, A)) -> (B, M) is J in the model's imagination.
 
-    Observation and goal are encoded once per plan. All candidates advance together, one call of the model per
+    Goals are encoded once, observations once per plan. All candidates advance together, one call of the model per
     planner step; beyond max_tokens in pieces.
     """
 
@@ -341,8 +343,7 @@ def solve(worlds, cost_for, model, args, device, bar=None):
         return cem(clipped, mean, std, *budget, generator, args.momentum, maxnorm, **improved)
 
     def act(problems, actions):
-        for step in to_world(actions).split(1 if args.history > 1 else args.n_taken_actions, dim=1):
-            reached = worlds.act(problems, step.cpu().numpy())
+        reached = worlds.act(problems, to_world(actions).cpu().numpy())
         if bar is not None:
             bar.update()
         return reached
@@ -389,6 +390,7 @@ def controls(env, starts, goals, model, args):
                 success = solve(worlds, simulator_cost(worlds), model.cpu(), args, "cpu", bar)
         known[name] = success.float().mean(1).tolist()
         write_atomic(path, lambda p: p.write_text(json.dumps(known)))
+    model.to(args.device)  # the simulator plans on the CPU
     return {name: known[name] for name in args.baselines}
 
 
@@ -403,24 +405,24 @@ def record(env, states, actions):
     worlds = Worlds(env, states, states)
     obs, visited = [{k: o.copy() for k, o in worlds.obs.items()}], [worlds.states.copy()]
     for t in tqdm(range(actions.shape[1]), desc="simulate", unit="step"):
-        worlds.act(np.arange(len(states)), actions[:, t])
+        worlds.act(np.arange(len(states)), actions[:, t : t + 1])
         obs.append({k: o.copy() for k, o in worlds.obs.items()})
         visited.append(worlds.states.copy())
     return {k: np.stack([o[k] for o in obs], axis=1) for k in obs[0]}, visited
 
 
 @torch.no_grad()
-def horizon_error(env, models, args, device):
-    """{run: {"model", "copy", "simulator": errors of steps 1 .. T}}, in the run's own visual latent.
+def horizon_error(env, models, T, count, seeds, device):
+    """{run: {"model", "copy", "simulator": errors of steps 1 .. T}} of the models {run: model}, in their own visual
+    latents, over `count` trajectories.
 
     A model knows the frames from which its training rollouts start and imagines T more under random actions. The error
     is mean ||z^ - z||^2 over the trajectories and numbers, divided by z's variance over them: 1 is as bad as always
     saying the mean. "copy" holds the last known frame; "simulator" is the true one, begun from that frame's state plus
     normal noise of 0.01 standard deviations: how far two worlds drift apart that were almost the same.
     """
-    T, count, reference = args.horizon_error, len(args.seed) * args.n_evals, models[0]
-    rng = np.random.default_rng([*args.seed, 2])
-    before = max(model.context for model in models) - 1  # true frames that come before the last known one
+    reference, rng = next(iter(models.values())), np.random.default_rng([*seeds, 2])
+    before = max(model.context for model in models.values()) - 1  # true frames that come before the last known one
     starts = np.array([env.sample_state(rng) for _ in range(count)])
     shape = (count, before + T, reference.frameskip, *env.action_space.shape)
     actions = rng.uniform(env.action_space.low, env.action_space.high, shape).astype(np.float32).reshape(*shape[:2], -1)
@@ -430,12 +432,12 @@ def horizon_error(env, models, args, device):
 
     def encode(model, obs, first=0):
         """Latents of the frames from `first` on, one trajectory at a time: pretrained eyes need the memory."""
-        one_by_one = zip(*(torch.from_numpy(o[:, None, first:]) for o in obs.values()), strict=True)
-        z = [model.encode(dict(zip(obs, (o.to(device) for o in each), strict=True))) for each in one_by_one]
+        each = ({k: torch.from_numpy(o[i : i + 1, first:]).to(device) for k, o in obs.items()} for i in range(count))
+        z = [model.encode(o) for o in each]
         return {name: torch.cat([latent[name] for latent in z]) for name in z[0]}
 
     curves = {}
-    for run, model in zip(args.ckpt, models, strict=True):
+    for run, model in models.items():
         first = before + 1 - model.context
         z = encode(model, obs, first)
         known = {name: latent[:, : model.context] for name, latent in z.items()}
@@ -477,16 +479,18 @@ def draw_horizon_error(curves, path):
 
 def compare_horizon_error(args, device):
     """`horizon_error` of the runs, as a table, a plot and a file."""
-    models = [released.load_model(run, device, args.data, args.weights) for run in args.ckpt]
-    if len({(model.world["env"], model.world["img_size"], model.frameskip) for model in models}) > 1:
+    models = {run: released.load_model(run, device, args.data, args.weights) for run in args.ckpt}
+    worlds = {(model.world["env"], model.world["img_size"], model.frameskip) for model in models.values()}
+    if len(worlds) > 1:
         raise UserError("--horizon-error compares runs of one environment, --img-size and --frameskip")
-    env = make_env(models[0].world["env"], models[0].world["img_size"], args.shift)
-    curves = horizon_error(env, models, args, device)
+    (env_name, img_size, _), count = worlds.pop(), len(args.seed) * args.n_evals
+    env = make_env(env_name, img_size, args.shift)
+    curves = horizon_error(env, models, args.horizon_error, count, args.seed, device)
     out = Path("plan_outputs") / args.name
     result = {"args": vars(args), "curves": curves}
     write_atomic(out / "horizon_error.json", lambda path: path.write_text(json.dumps(result, indent=1)))
     write_atomic(out / "horizon_error.png", lambda path: draw_horizon_error(curves, path))
-    print_horizon_error(curves, len(args.seed) * args.n_evals)
+    print_horizon_error(curves, count)
     print(f"\n{out}/ holds horizon_error.json and horizon_error.png")
 
 
@@ -514,7 +518,7 @@ def draw(results, path):
     axes.fill_between(k, *np.transpose(results["interval"]), alpha=0.2, lw=0)
     axes.plot(k, results["success_by_iter"], "o-", ms=3, label="world model")
     for name, rates in results["controls"].items():
-        axes.plot(k, rates, "--", label={"oracle": "true simulator", "random": "random policy"}[name])
+        axes.plot(k, rates, "--", label=CONTROLS[name])
     axes.set(xlabel="MPC iterations", ylabel="success rate", ylim=(0, 1.02), title=f"{results['n_evals']} goals")
     axes.legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=120)
@@ -568,7 +572,6 @@ def run(model, env, starts, goals, args, device, out):
         "controls": controls(env, starts, goals, model, args),
         "seconds": seconds,
     }
-    model.to(device)  # the simulator plans on the CPU
     write_atomic(out / "results.json", lambda path: path.write_text(json.dumps(results, indent=1)))
     write_atomic(out / "success.png", lambda path: draw(results, path))
     print_table(results)
@@ -610,10 +613,8 @@ def main():
     env = make_env(model.world["env"], model.world["img_size"], args.shift)
     dataset = None
     if args.goal_source in ("dset", "random_action"):
-        dataset = released.open_dataset(args.data or model.world["data"])
-        for key, what in (("env", "environment"), ("img_size", "image size")):
-            if dataset.meta[key] != model.world[key]:
-                raise UserError(f"{dataset.path} has {what} {dataset.meta[key]}, the checkpoint {model.world[key]}")
+        looks = {name: model.world[name] for name in ("env", "img_size")}
+        dataset = released.open_dataset(args.data or model.world["data"], **looks)
     if args.goal_source == "file":
         starts, goals = read_problems(args.goal_file, model.world["env"])
     else:

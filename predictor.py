@@ -29,21 +29,18 @@ All are trained by teacher forcing on H frames plus, with K = `rollout_steps` > 
     python predictor.py            # the shapes on their way through one forward pass, and its speed
 """
 
-import argparse
 import io
 import math
-import pickle
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data import UserError, run_script, write_atomic
+from data import Parser, UserError, per_second, run_script, write_atomic
 from decoders import build_decoder, from_pixels, to_pixels
 from encoders import RotaryBlock, build_encoder, rotary_angles
-from vae_mdnrnn import to_tensor
+from vae_mdnrnn import load_tensors, to_tensor
 
 # ---------------------------------------------------------------------------------------------------------
 # The transition models. Each offers
@@ -138,20 +135,17 @@ class ViTPredictor(nn.Module):
         return self.norm(x)
 
     def step(self, z, action):
-        visual, proprio, action = z["visual"], z["proprio"], action[:, :, None]
-        N, e = visual.shape[2], proprio.shape[-1]
-        if self.concat_dim == 0:
-            x = torch.cat([visual, proprio, action], dim=2)  # (B, T, N + 2, d)
-            visual, proprio, _ = self(x.flatten(1, 2)).view(x.shape).split([N, 1, 1], dim=2)
-            return {"visual": visual, "proprio": proprio}
-        tiled = [  # (B, T, 1 or N * repeat, e) -> (B, T, N, repeat * e)
-            part.expand(-1, -1, N * repeat, -1).unflatten(2, (N, repeat)).flatten(3)
-            for part, repeat in zip((proprio, action), self.repeats, strict=True)
-        ]
-        x = torch.cat([visual, *tiled], dim=-1)  # (B, T, N, D)
-        widths = [part.shape[-1] for part in (visual, *tiled)]
-        visual, proprio, _ = self(x.flatten(1, 2)).view(x.shape).split(widths, dim=-1)
-        return {"visual": visual, "proprio": proprio.unflatten(-1, (self.repeats[0], e)).flatten(2, 3)}
+        parts = [z["visual"], z["proprio"], action[:, :, None]]
+        N, e = parts[0].shape[2], parts[1].shape[-1]
+        if self.concat_dim == 1:
+            for i, repeat in enumerate(self.repeats, 1):  # (B, T, 1 or N * repeat, e) -> (B, T, N, repeat * e)
+                parts[i] = parts[i].expand(-1, -1, N * repeat, -1).unflatten(2, (N, repeat)).flatten(3)
+        dim = 2 + self.concat_dim
+        x = torch.cat(parts, dim)  # (B, T, N, D), or (B, T, N + 2, d)
+        visual, proprio, _ = self(x.flatten(1, 2)).view(x.shape).split([part.shape[dim] for part in parts], dim)
+        if self.concat_dim == 1:
+            proprio = proprio.unflatten(-1, (self.repeats[0], e)).flatten(2, 3)
+        return {"visual": visual, "proprio": proprio}
 
 
 class RWMPredictor(nn.Module):
@@ -328,21 +322,9 @@ class WorldModel(nn.Module):
     """
 
     def __init__(
-        self,
-        encoder,
-        action_stats,
-        proprio_stats,
-        num_hist=3,
-        num_pred=1,
-        frameskip=5,
-        emb_dim=10,
-        world=None,
-        predictor="vit",
-        variant="repository",
-        decoder=None,
-        action_emb_dim=None,
-        **sizes,
-    ):
+        self, encoder, action_stats, proprio_stats, num_hist=3, num_pred=1, frameskip=5, emb_dim=10, world=None,
+        predictor="vit", variant="repository", decoder=None, action_emb_dim=None, **sizes,
+    ):  # fmt: skip
         super().__init__()
         self.encoder = encoder
         self.num_hist, self.num_pred, self.frameskip, self.variant = num_hist, num_pred, frameskip, variant
@@ -404,8 +386,8 @@ class WorldModel(nn.Module):
         return self.predictor.step(z | {"proprio": copies}, action_emb)
 
     def error(self, predicted, target):
-        """The mean error over all numbers of `predict`'s latents but the action's, that of the visual ones, and that of
-        the proprio's."""
+        """The mean error of `predict`'s visual latents and that of the proprio, weighed as the transition says (`vit`:
+        to the mean over all numbers but the action's); and the two by themselves."""
         (d, e), criterion = self.predictor.weights, self.predictor.criterion
         visual = criterion(predicted["visual"], target["visual"])
         proprio = target["proprio"][:, :, None].expand_as(predicted["proprio"])
@@ -428,7 +410,7 @@ class WorldModel(nn.Module):
         if self.variant == "paper":  # the loss on the next frame alone
             predicted, after = ({k: latent[:, -1:] for k, latent in part.items()} for part in (predicted, after))
         loss, visual, proprio = self.error(predicted, after)
-        parts = {"visual": visual.item(), "proprio": proprio.item()}
+        parts = {"visual": visual.detach(), "proprio": proprio.detach()}
         if rollout_steps > 1:
             start, rollout = self.context, 0.0
             imagined = self.rollout(frames(0, start), batch["action"][:, : start + rollout_steps - 1], grad_steps)
@@ -437,7 +419,7 @@ class WorldModel(nn.Module):
                 predicted = {"visual": imagined["visual"][:, now], "proprio": imagined["proprio"][:, now, None]}
                 error, *_ = self.error(predicted, {name: latent[:, now] for name, latent in target.items()})
                 rollout = rollout + decay ** (k + 1) * error / rollout_steps
-            loss, parts["rollout"] = loss + rollout, rollout.item()
+            loss, parts["rollout"] = loss + rollout, rollout.detach()
         return loss, parts
 
     def rollout(self, z0, actions, grad_steps=None):
@@ -509,28 +491,6 @@ class WorldModel(nn.Module):
         return model.to(device).eval()
 
 
-def available_device(text):
-    """An `argparse` type: the name of a device that torch can use here."""
-    try:
-        torch.zeros(1, device=text)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise argparse.ArgumentTypeError(f"torch cannot use the device '{text}' here") from None
-    return text
-
-
-def load_tensors(path, device):
-    """The dictionary of tensors and plain values in a file of torch.save; never executes a pickle."""
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no file at {path}") from None
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged, or not a checkpoint of this project")
-    return content
-
-
 def load_checkpoint(directory, device="cpu"):
     """The dictionary in `directory`/model.pt; never executes a pickle."""
     path = Path(directory) / "model.pt"
@@ -546,7 +506,7 @@ def load_checkpoint(directory, device="cpu"):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--batch-size", type=int, default=4)
     batch_size = parser.parse_args().batch_size
     for name, predictor, sizes in (
@@ -572,11 +532,8 @@ def main():
                 "proprio": z["proprio"], "predicted tokens": after["visual"],
             }.items():  # fmt: skip
                 print(f"  {what:18} {tuple(tensor.shape)}")
-            start, n = time.perf_counter(), 0
-            while time.perf_counter() - start < 1:
-                model.predict(z, model.encode_action(actions))
-                n += batch_size
-        print(f"  {n * 3 / (time.perf_counter() - start):.3g} frames predicted per second, batch {batch_size}\n")
+            rate = 3 * batch_size * per_second(lambda: model.predict(z, model.encode_action(actions)))  # noqa: B023
+        print(f"  {rate:.3g} frames predicted per second, batch {batch_size}\n")
 
 
 if __name__ == "__main__":

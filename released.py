@@ -16,7 +16,6 @@ and nothing else: no module is imported on its behalf, and any other name is an 
     python plan.py --ckpt outputs/point_maze --data point_maze --convert runs/point_maze   # once and for all
 """
 
-import argparse
 import json
 import pickle
 import zipfile
@@ -28,25 +27,15 @@ import numpy as np
 import torch
 import yaml
 
-from data import Dataset, UserError, inspect, run_script, write_atomic
-from encoders import load_state, substitute, vit_names
+from data import Dataset, Parser, UserError, inspect, run_script, write_atomic
+from encoders import load_state, rename, vit_names
 from predictor import WorldModel, build_eyes
+from vae_mdnrnn import load_tensors
 
 # ---------------------------------------------------------------------------------------------------------
 # The data set
 
-
-def read_tensor(path):
-    """The tensor in a file of torch.save, memory-mapped."""
-    try:
-        tensor = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise UserError(f"no file at {path}") from None
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError):
-        tensor = None
-    if not torch.is_tensor(tensor):
-        raise UserError(f"{path} is damaged, or does not hold a tensor")
-    return tensor
+read_tensor = partial(load_tensors, kind=torch.Tensor, mmap=True)  # of a file
 
 
 class ReleasedDataset(Dataset):
@@ -128,10 +117,15 @@ class EpisodeFrames:
         return frames
 
 
-def open_dataset(path):
-    """The data set in a folder, ours or the released one."""
+def open_dataset(path, **wanted):
+    """The data set in a folder, ours or the released one; UserError if its meta is not as `wanted`."""
     released = any((Path(path) / name).exists() for name in ReleasedDataset.FILES)
-    return ReleasedDataset(path) if released else Dataset(path)
+    dataset = ReleasedDataset(path) if released else Dataset(path)
+    for name, value in wanted.items():
+        if dataset.meta[name] != value:
+            flag = name.replace("_", "-")
+            raise UserError(f"{path} has --{flag} {dataset.meta[name]}, not the {value} that is asked for")
+    return dataset
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -215,19 +209,19 @@ def state_dict(shell):
 
 # The release's names -> ours
 NAMES = [
-    (r"^predictor\.transformer\.layers\.(\d+)\.0\.to_out\.0\.", r"predictor.blocks.\1.0.to_out."),
-    (r"^predictor\.transformer\.layers\.(\d+)\.1\.net\.", r"predictor.blocks.\1.1."),
-    (r"^predictor\.transformer\.layers\.", "predictor.blocks."),
-    (r"^predictor\.transformer\.norm\.", "predictor.norm."),
-    (r"^(proprio|action)_encoder\.patch_embed\.", r"\1_encoder."),
+    (r"^transformer\.layers\.(\d+)\.0\.to_out\.0\.", r"blocks.\1.0.to_out."),
+    (r"^transformer\.layers\.(\d+)\.1\.net\.", r"blocks.\1.1."),
+    (r"^transformer\.layers\.", "blocks."),
+    (r"^transformer\.norm\.", "norm."),
+    (r"^patch_embed\.", ""),
 ]
 EYES = {"x_norm_patchtokens": "dinov2", "x_norm_clstoken": "dino_cls"}
 BACKBONES = {"dinov2_vits14": "small", "dinov2_vitb14": "base", "dinov2_vitl14": "large"}
 
 
 def read_run(run):
-    """A released run's settings, the dictionary in hydra.yaml, and its tensors under our names: predictor.*,
-    proprio_encoder.*, action_encoder.*; what it has of decoder.* and encoder.* keeps the release's names."""
+    """A released run's settings, the dictionary in hydra.yaml, and its tensors by part, {"predictor": {name: tensor},
+    ...}: under our names but for those of the encoder, which it has if it was trained."""
     path = Path(run) / "hydra.yaml"
     if not path.is_file():
         raise UserError(f"no hydra.yaml in {run}, where a released run has it beside checkpoints/")
@@ -236,17 +230,18 @@ def read_run(run):
     except (yaml.YAMLError, UnicodeDecodeError):
         raise UserError(f"{path} is damaged, or not YAML") from None
     path = Path(run) / "checkpoints" / "model_latest.pth"
-    content, tensors = read_pickle(path), {}
+    content, parts = read_pickle(path), {}
     for part in ("predictor", "proprio_encoder", "action_encoder", "decoder", "encoder"):
         try:
-            tensors |= {f"{part}.{name}": tensor for name, tensor in state_dict(content[part]).items()}
+            tensors = state_dict(content[part])
+            parts[part] = tensors if part == "encoder" else rename(tensors, NAMES)
         except (KeyError, TypeError, AttributeError, RecursionError):
             if part not in ("decoder", "encoder"):
                 raise UserError(f"{path} does not hold a module '{part}'") from None
-    tensors = substitute(tensors, NAMES)
-    for name in {"proprio_encoder.weight", "action_encoder.weight"} & tensors.keys():
-        tensors[name] = tensors[name].squeeze(-1)  # a Conv1d of kernel size 1 there, (out, in, 1)
-    return settings, tensors
+    for part in ("proprio_encoder", "action_encoder"):
+        if "weight" in parts[part]:
+            parts[part]["weight"] = parts[part]["weight"].squeeze(-1)  # there a Conv1d's of kernel size 1
+    return settings, parts
 
 
 def setting(path, settings, name):
@@ -258,17 +253,6 @@ def setting(path, settings, name):
     return settings
 
 
-def load_eyes(get, tensors, weights, path):
-    """The encoder of a released run: frozen it is not in the checkpoint `path`, trained it is."""
-    name = f"{EYES[get('encoder.feature_key')]}-{BACKBONES[get('encoder.name')]}"
-    img_size = get("img_size") // 16 * 14  # a patch of 14 pixels for each 16 of the frame
-    own = {k.removeprefix("encoder.base_model."): v for k, v in tensors.items() if k.startswith("encoder.")}
-    encoder = build_eyes(name, img_size, "random" if own else weights)
-    if own:
-        load_state(encoder.vit, own, partial(vit_names, encoder.vit), path)
-    return encoder
-
-
 def load_model(run, device="cpu", data=None, weights=None):
     """The world model in a run's folder, ours or a released one, in eval mode.
 
@@ -278,11 +262,11 @@ def load_model(run, device="cpu", data=None, weights=None):
     run = Path(run)
     if not (run / "hydra.yaml").exists() and not (run / "checkpoints").exists():
         return WorldModel.load(run, device)
-    settings, tensors = read_run(run)
+    settings, parts = read_run(run)
     get = partial(setting, run / "hydra.yaml", settings)
     for name, known in (("env.name", ["point_maze"]), ("encoder._target_", ["models.dino.DinoV2Encoder"]),
                         ("encoder.name", BACKBONES), ("encoder.feature_key", EYES), ("num_pred", [1])):  # fmt: skip
-        if get(name) not in known:
+        if get(name) not in [*known]:
             raise UserError(f"{run}/hydra.yaml: {name} is {get(name)}, not {' or '.join(map(str, known))}")
     folder = data or get("env.dataset.data_path")
     if data is None and not Path(folder).exists():
@@ -291,9 +275,14 @@ def load_model(run, device="cpu", data=None, weights=None):
     stats = dataset.statistics(dataset.split()[0])
     if not get("env.dataset.normalize_action"):
         stats = {name: (np.zeros_like(mean), np.ones_like(std)) for name, (mean, std) in stats.items()}
-    encoder = load_eyes(get, tensors, weights, run / "checkpoints" / "model_latest.pth")
+    name = f"{EYES[get('encoder.feature_key')]}-{BACKBONES[get('encoder.name')]}"
+    img_size = get("img_size") // 16 * 14  # a patch of 14 pixels for each 16 of the frame
+    encoder = build_eyes(name, img_size, "random" if "encoder" in parts else weights)
+    if "encoder" in parts:  # it was trained: else it is not in the checkpoint
+        own = {name.removeprefix("base_model."): tensor for name, tensor in parts.pop("encoder").items()}
+        load_state(encoder.vit, own, partial(vit_names, encoder.vit), run / "checkpoints" / "model_latest.pth")
     decoder = None
-    if any(name.startswith("decoder.") for name in tensors):
+    if "decoder" in parts:
         vq = "channel", "n_res_block", "n_res_channel", "quantize", "n_embed"
         sizes = ("depth",) if encoder.num_patches == 1 else vq
         decoder = {"img_size": get("img_size"), **{name: get(f"decoder.{name}") for name in sizes}}
@@ -304,11 +293,9 @@ def load_model(run, device="cpu", data=None, weights=None):
         **{name: get(name) for name in ("concat_dim", "num_proprio_repeat", "num_action_repeat")},
         **{name: get(f"predictor.{name}") for name in ("depth", "heads", "mlp_dim", "dropout")},
     )  # fmt: skip
-    own = model.state_dict()
-    state = {k: v for k, v in own.items() if k.startswith("encoder.") or k.endswith(("_mean", "_std"))}
-    state |= {k: v for k, v in tensors.items() if k in own or not k.startswith("encoder.")}
     try:
-        model.load_state_dict(state)
+        for part, tensors in parts.items():
+            getattr(model, part).load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:150]
         raise UserError(f"{run}: hydra.yaml and checkpoints/model_latest.pth do not agree ({reason})") from None
@@ -331,17 +318,18 @@ def save_converted(model, run, out):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("path", type=Path, help="a released data set or run")
     path = parser.parse_args().path
     if any((path / name).exists() for name in ReleasedDataset.FILES):
         return inspect(ReleasedDataset(path))
-    settings, tensors = read_run(path)
+    settings, parts = read_run(path)
     print(yaml.safe_dump(settings, sort_keys=False))
     print(f"{'tensor, by our name':44} {'shape':20} {'mean':>9} {'std':>9}")
-    for name, tensor in tensors.items():
-        values = tensor.float()
-        print(f"{name:44} {str(tuple(tensor.shape)):20} {values.mean():9.4f} {values.std(correction=0):9.4f}")
+    for part, tensors in parts.items():
+        for name, tensor in tensors.items():
+            shape, values = tuple(tensor.shape), tensor.float()
+            print(f"{part + '.' + name:44} {str(shape):20} {values.mean():9.4f} {values.std(correction=0):9.4f}")
 
 
 if __name__ == "__main__":

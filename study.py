@@ -18,7 +18,6 @@ all of them table.md and study.png. Interrupted, it goes on where it stopped; ru
 that encoders and seeds can be added.
 """
 
-import argparse
 import contextlib
 import csv
 import functools
@@ -37,8 +36,9 @@ from tqdm import tqdm
 import plan
 import released
 import train
-from data import SHIFTS, UserError, Workers, make_env, natural, positive, run_script, write_atomic
-from predictor import WorldModel, available_device, build_eyes
+from data import SHIFTS, Parser, UserError, Workers, make_env, natural, positive, run_script, write_atomic
+from predictor import WorldModel, build_eyes
+from vae_mdnrnn import available_device
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -56,9 +56,7 @@ def naturals(text):
 
 
 def get_args():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--encoder", type=names, default=LAPTOP, help="which, as ENCODER or ENCODER@WEIGHTS (train.py --weights)")
     add("--env", type=names, default="pointmaze,pointmaze-medium", help="the mazes")
@@ -79,7 +77,7 @@ def get_args():
     add("--name", default="study", help="of the result, under runs/")
     add("--device", type=available_device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    args.workers = args.workers or (1 if args.device == "cuda" else os.cpu_count())
+    args.workers = args.workers or (os.cpu_count() if args.device == "cpu" else 1)
     if unknown := set(args.shift) - set(SHIFTS):
         raise UserError(f"unknown --shift {', '.join(unknown)}; known: {', '.join(SHIFTS)}")
     return args
@@ -101,7 +99,7 @@ def run_path(args, env, encoder, seed):
 def train_args(args, env, encoder, seed):
     """train.py's arguments for one run of the study: the laptop's transition model, whatever the tokens."""
     name, _, weights = encoder.partition("@")
-    sizes = [f"--{k.replace('_', '-')}={v}" for k, v in train.LAPTOP.items() if k not in ("depth", "dim_head")]
+    sizes = [f"--{k.replace('_', '-')}={v}" for k, v in train.LAPTOP.items() if k != "depth"]
     path = run_path(args, env, encoder, seed).relative_to("runs")
     own = ["--env", env, "--encoder", name, "--seed", str(seed), "--name", str(path)]
     own += ["--weights", weights] if weights else []
@@ -152,6 +150,7 @@ def measure(args, env_name, encoder, seed):
     result = {"tokens": model.encoder.num_patches, "dim": model.encoder.dim, "train_seconds": trained - start}
     result["success"] = success(model, env, problems, settings)
     result["plan_seconds"] = time.perf_counter() - trained
+    result["controls"] = plan.controls(env, *problems, model, settings)
     settings.max_iter = 1
     result["shift"] = {
         shift: success(model, make_env(env_name, args.img_size, shift), problems, settings)[0]
@@ -160,15 +159,12 @@ def measure(args, env_name, encoder, seed):
     with open(directory / "log.csv") as file:
         last = list(csv.DictReader(file))[-1]
     result["latent_error"] = float(last["val_visual"]) / float(last["copy"])
-    settings.horizon_error, settings.ckpt = args.drift, [str(directory)]
-    result["drift"] = plan.horizon_error(env, [model], settings, args.device)[str(directory)]
+    result["drift"] = plan.horizon_error(env, {"": model}, args.drift, args.n_evals, [seed], args.device)[""]
     dataset = released.open_dataset(model.world["data"])
     rows = [dataset.rows(episodes) for episodes in dataset.split()]
     rows = [r[:: -(-len(r) // most)] for r, most in zip(rows, (4000, 1000), strict=True)]
     tokens = train.token_cache(model.encoder, dataset, args.device)
     result["probe"] = linear_probe(tokens, dataset.states, *rows)
-    settings.max_iter = args.max_iter
-    result["controls"] = plan.controls(env, *problems, model, settings)
     write_atomic(directory / "study.json", lambda path: path.write_text(json.dumps(result, indent=1)))
 
 
@@ -245,7 +241,7 @@ def draw(args, results, path):
             ax.errorbar(k, mean, half, marker="o", ms=3, capsize=2, label=encoder)
         for control, style in (("oracle", "--"), ("random", ":")):
             mean, _ = interval([run["controls"][control] for run in results[env, args.encoder[0]]])
-            ax.plot(k, mean, style, color="gray", label={"oracle": "true simulator"}.get(control, "random policy"))
+            ax.plot(k, mean, style, color="gray", label=plan.CONTROLS[control])
         ax.set(title=env, xlabel="MPC iterations", ylabel="success", ylim=(0, 1.05), xticks=k)
     ax.legend(frameon=False, fontsize="small")
     if SHIFTED in args.env:
@@ -282,6 +278,9 @@ def main():
     jobs = list(itertools.product(args.env, args.encoder, args.seeds))
     for env, encoder, seed in jobs:  # what is unknown or not there is said before anything is trained
         settings = train_args(args, env, encoder, seed)
+        plan_args(args, run_path(args, env, encoder, seed), seed)
+        if settings.encoder == "state":
+            raise UserError("the study compares what is seen: --encoder state sees nothing")
         if seed == args.seeds[0]:
             build_eyes(settings.encoder, settings.encoder_img_size, settings.weights)
     for env in args.env:

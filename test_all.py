@@ -589,15 +589,17 @@ def test_evolve_finds_an_optimum_and_resumes_bit_for_bit(tmp_path):
     def scores(params, seed, trials):
         return -np.square(params - np.arange(5) / 5).sum(1, keepdims=True).repeat(trials, 1)
 
-    def evolve(name, popsize, generations):
-        return wm.evolve(scores, np.zeros(5), tmp_path / name, popsize, 2, generations, 3)
+    def evolve(name, popsize, generations, seed=0):
+        return wm.evolve(scores, np.zeros(5), tmp_path / name, popsize, 2, generations, 3, seed=seed)
 
     whole = evolve("whole.pt", 8, 60)
     assert whole["score"] > -1e-3
     evolve("parts.pt", 8, 23)
     parts = evolve("parts.pt", 8, 60)
     assert torch.equal(parts["params"], whole["params"]) and parts["fitness"] == whole["fitness"]
-    with pytest.raises(UserError, match="--popsize 8"):
+    with pytest.raises(UserError, match="was begun with --seed 0: go on with that"):
+        evolve("parts.pt", 8, 60, seed=1)
+    with pytest.raises(UserError, match="was begun with --popsize 8"):
         evolve("parts.pt", 6, 60)
 
 
@@ -619,7 +621,7 @@ def test_fit_resumed_equals_fit_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(wm, "vae_loss", dies)
     with pytest.raises(KeyboardInterrupt):
         fit("parts.pt")
-    assert wm.load(tmp_path / "parts.pt")["step"] == 4
+    assert wm.load_tensors(tmp_path / "parts.pt")["step"] == 4
     monkeypatch.setattr(wm, "vae_loss", real_loss)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), fit("parts.pt").parameters(), strict=True))
 
@@ -667,18 +669,22 @@ def test_every_step_writes_what_the_next_reads(finished, tmp_path):
 
 def test_c_in_the_real_environment_and_several_temperatures(wm_run):
     wm_run("train-c", "--in", "real", "--generations", 2)
-    assert len(wm.load(wm_run.path / "c_real.pt")["fitness"]) == 2
+    assert len(wm.load_tensors(wm_run.path / "c_real.pt")["fitness"]) == 2
     wm_run("train-c", "--in", "dream", "--generations", 2, "--tau", 0.5, 1.3)
     wm_run("test")
     returns = json.loads((wm_run.path / "test.json").read_text())["returns"]
     assert set(returns) == {"random", "real", "dream_tau0.5", "dream_tau1", "dream_tau1.3"}
+    for path in wm_run.path.glob("c_*"):
+        path.unlink()
+    with pytest.raises(UserError, match="no .*c_dream_tau0.5.pt: first run python vae_mdnrnn.py train-c"):
+        wm_run("test")
 
 
 def test_iterations_build_on_each_other(tmp_path):
     wm.main(["iterate", "--iterations", "2", *SMALL, "--out", str(tmp_path)])
     first, second = (data.Dataset(tmp_path / f"iteration{i}" / "data") for i in (1, 2))
     assert len(second) == 2 * len(first) == 12 and np.array_equal(second.frames[: len(first.frames)], first.frames)
-    assert wm.load(tmp_path / "iteration2" / "rnn.pt")["config"]["heads"] == "reward,action"
+    assert wm.load_tensors(tmp_path / "iteration2" / "rnn.pt")["config"]["heads"] == "reward,action"
     assert len((tmp_path / "iterations.csv").read_text().splitlines()) == 3
 
 
@@ -710,19 +716,34 @@ def test_what_does_not_fit_a_run_is_one_line(wm_run, words, message):
 
 def test_a_run_of_another_environment_or_half_a_file_is_refused(wm_run):
     rnn = wm.MDNRNN(4, 3, 8, heads="reward")
-    torch.save({**wm.load(wm_run.path / "rnn.pt"), "config": rnn.config, "model": rnn.state_dict()},
+    torch.save({**wm.load_tensors(wm_run.path / "rnn.pt"), "config": rnn.config, "model": rnn.state_dict()},
                wm_run.path / "rnn.pt")  # fmt: skip
     with pytest.raises(UserError, match="action_dim 3"):
         wm_run("train-c")
     (wm_run.path / "rnn.pt").write_bytes((wm_run.path / "rnn.pt").read_bytes()[:1000])
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is damaged, or does not hold a dict"):
         wm_run("train-c")
 
 
 def test_overwrite_begins_anew_from_that_step(wm_run):
     wm_run("train-m", "--overwrite", "--m-steps", 2, "--hidden", 5)
-    assert wm.load(wm_run.path / "rnn.pt")["config"]["hidden"] == 5 and not list(wm_run.path.glob("c_*"))
+    assert wm.load_tensors(wm_run.path / "rnn.pt")["config"]["hidden"] == 5 and not list(wm_run.path.glob("c_*"))
     assert json.loads((wm_run.path / "args.json").read_text())["hidden"] == 5  # the run keeps its flags
+
+
+def test_a_run_keeps_its_flags_and_what_another_step_wrote(wm_run, tmp_path, monkeypatch):
+    def killed(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(wm.STEPS, "collect", killed)
+    with pytest.raises(KeyboardInterrupt):
+        wm.main(["collect", "--env", "pointmaze", "--out", str(tmp_path / "new"), "--z-dim", "7"])
+    args = wm.parse_args(["train-v", "--out", str(tmp_path / "new")])
+    assert (args.env, args.z_dim) == ("pointmaze", 7)
+    monkeypatch.setitem(wm.STEPS, "iterate", lambda args: None)
+    (wm_run.path / "iteration1").mkdir()
+    wm_run("iterate", "--overwrite")
+    assert not (wm_run.path / "iteration1").exists() and (wm_run.path / "rnn.pt").exists()
 
 
 def test_bench_ends(capsys):
@@ -1234,8 +1255,8 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     refused("1 of another shape, e.g. norm.bias$", state | {"norm.bias": torch.zeros(5)})
     refused("another shape, e.g. blocks.0.attn.qkv.weight$", state | {"blocks.0.attn.qkv.weight": "not a tensor"})
     refused("does not hold the weights", state | {"pos_embed": "not a tensor"})
-    refused("damaged, or no file of tensors", ["a", "list"])
-    refused("damaged, or no file of tensors", torch.zeros(3))
+    refused("damaged, or does not hold a dict", ["a", "list"])
+    refused("damaged, or does not hold a dict", torch.zeros(3))
     (tmp_path / "x.pth").write_bytes((tmp_path / "x.pth").read_bytes()[:100])
     refused("damaged")
     refused("no model.safetensors in the folder", weights=tmp_path)
@@ -1295,7 +1316,7 @@ def test_the_table_and_the_picture(monkeypatch, tmp_path, capsys):
     from PIL import Image
 
     run = lambda *args: (monkeypatch.setattr(sys, "argv", ["encoders.py", *args]), encoders.main())  # noqa: E731
-    monkeypatch.setattr(encoders.time, "perf_counter", iter(range(99)).__next__)  # a second has passed at each look
+    monkeypatch.setattr(time, "perf_counter", iter(range(99)).__next__)  # a second has passed at each look
     run("--encoders", "patches,resnet18", "--batch-size", "1")
     table = capsys.readouterr().out.splitlines()
     assert table[1].split()[:4] == ["patches", "64", "16", "64"] and "BSD-3-Clause" in table[2]
@@ -1315,7 +1336,7 @@ def test_the_table_and_the_picture(monkeypatch, tmp_path, capsys):
 def test_pca_is_numpys_svd(dataset):
     frames = dataset.frames[:120]
     encoder = encoders.PCAEncoder(dim=8).fit(frames)
-    y = encoder.filtered(to_tensor(frames)).double().numpy()
+    y = encoder.filtered(to_tensor(frames)).flatten(1).double().numpy()
     u, s, _ = np.linalg.svd(y - y.mean(0), full_matrices=False)
     std = s / np.sqrt(len(y) - 1)
     expected = (u * s / (std + encoder.damping * std[0]))[:, :8]
@@ -1393,7 +1414,7 @@ def test_checkpoint_round_trip_and_refusals(tmp_path):
         torch.testing.assert_close(again.state_dict()[name], tensor, rtol=0, atol=0)
     whole = (tmp_path / "model.pt").read_bytes()
     (tmp_path / "model.pt").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="damaged, or not a checkpoint"):
+    with pytest.raises(UserError, match="is damaged, or does not hold a dict"):
         predictor.WorldModel.load(tmp_path)
     torch.save({"state": 1}, tmp_path / "model.pt")
     with pytest.raises(UserError, match="lacks 'config'"):
@@ -1412,7 +1433,7 @@ def test_checkpoint_round_trip_and_refusals(tmp_path):
             torch.save({"config": Malicious(), "model": {}}, tmp_path / "model.pt")
         else:
             (tmp_path / "model.pt").write_bytes(content)
-        with pytest.raises(UserError, match="damaged, or not a checkpoint"):
+        with pytest.raises(UserError, match="is damaged, or does not hold a dict"):
             predictor.WorldModel.load(tmp_path)
     assert not (tmp_path / "pwned").exists()
 
@@ -1841,6 +1862,10 @@ def test_codes_are_the_nearest_and_follow_by_a_moving_average():
     total = torch.stack([x[chosen == k].sum(0) for k in range(4)], 1) * 0.1 + 0.9 * before
     size = (count + 1e-5) / (count.sum() + 4e-5) * count.sum()
     torch.testing.assert_close(codebook.embed, total / size)
+    codes, _ = codebook.eval()(x)
+    with torch.autocast("cpu", torch.bfloat16):  # as training on a GPU
+        assert torch.equal(codebook(x)[0], codes)
+        codebook.train()(x.bfloat16())
 
 
 def test_psnr_and_ssim():
@@ -1980,6 +2005,10 @@ def test_worlds_remember_frames_and_actions():
         expected = np.stack([seen[0], *seen][-3:], axis=1)
         assert (worlds.past["visual"][[0, 2]] == expected[[0, 2]]).all()
     assert (worlds.taken.reshape(3, 2, 10)[[0, 2]] == actions[[0, 2], 1:]).all()
+    whole = plan.Worlds(env, starts, starts, films=1, history=3, frameskip=5)
+    whole.act(np.array([0, 2]), actions[[0, 2]])  # all at once: the same, and one plan
+    assert all((whole.past[name] == worlds.past[name]).all() for name in whole.past)
+    assert (whole.plans[0][0][1][-15:] == actions[0].reshape(-1, 2)).all() and len(whole.plans[0]) == 1
     assert not worlds.taken[1].any() and (worlds.past["visual"][1] == seen[0][1]).all()
 
 
@@ -2091,6 +2120,14 @@ def test_goals_out_of_a_file_are_those_saved(workplace, script):
     assert not Path("plan_outputs/third").exists()
 
 
+def test_training_deletes_only_what_it_is_told_to(workplace, script):
+    other = workplace / "runs" / "mine" / "other.txt"
+    other.parent.mkdir(parents=True)
+    other.touch()
+    assert script("train", *TINY, "--name", "mine")[0] == 0 and other.exists()
+    assert script("train", *TINY, "--name", "mine", "--overwrite")[0] == 0 and not other.exists()
+
+
 def test_a_killed_training_resumes_bit_for_bit(workplace):
     command = [sys.executable, HERE / "train.py", *TINY, "--dropout", "0.1", "--batch-size", "8", "--epochs", "6"]
     subprocess.run([*command, "--name", "whole"], check=True, capture_output=True)
@@ -2136,6 +2173,8 @@ def test_the_study_measures_every_run_once(workplace, script):
     assert len(result["success"]) == 2 and list(result["shift"]) == ["colours"] and result["probe"][0] > 0.7
     assert len(result["drift"]["model"]) == len(result["drift"]["copy"]) == 2
 
+    code, _, err = script("study", *budget, "--topk", 30, "--name", "late")
+    assert code == 2 and "--topk 30 must lie between" in err and not (workplace / "runs" / "late").exists()
     stamps = {path: path.stat().st_mtime_ns for path in root.glob("*/study.json")}
     (root / "pointmaze_pca_1" / "study.json").unlink()
     code, _, err = script("study", *flags)
@@ -2170,9 +2209,9 @@ def test_linear_probe_and_intervals():
         ("train --encoder nowhere", "unknown encoder 'nowhere'; known: pca"),
         ("train --env nowhere", "unknown environment 'nowhere'"),
         ("train --data missing", "no data set at missing"),
-        ("train --img-size 32 --data datasets/pointmaze", "frames of 64 px, not --img-size 32"),
-        ("train --env pointmaze-large --data datasets/pointmaze", "collected in 'pointmaze'"),
-        ("train --num-hist 6", "no episode of datasets/pointmaze is as long as a window: 7 rows"),
+        ("train --img-size 32 --data datasets/pointmaze", "has --img-size 64, not the 32 that is asked for"),
+        ("train --env pointmaze-large --data datasets/pointmaze", "has --env pointmaze, not the pointmaze-large"),
+        ("train --num-hist 6", "no episode of datasets/pointmaze is as long as a window of 7 model steps"),
         ("train --frameskip 7", "not a multiple of the data set's own 5"),
         ("train --num-hist 0", "not a positive whole number"),
         ("train --lr -1", "--lr -1.0 is not between 0 and 1"),
@@ -2187,11 +2226,11 @@ def test_linear_probe_and_intervals():
         ("plan --n-evals -3", "not a positive whole number"),
         ("plan --n-taken-actions 6 --ckpt x", "--n-taken-actions 6 is more than --goal-H 5"),
         ("plan --baselines magic --ckpt x", "unknown --baselines magic"),
-        ("train --rollout-steps 4", "--rollout-steps 4 after --num-hist 3 needs episodes of 7 model steps"),
-        ("train --predictor rwm --encoder state", "--rollout-steps 8 after --num-hist 3 needs episodes of 11"),
+        ("train --rollout-steps 4", "as a window of 7 model steps, 7 rows; the longest has 6"),
+        ("train --predictor rwm --encoder state", "11 rows; the longest has 6: collect longer ones"),
         ("train --rollout-steps 0", "not a positive whole number"),
         ("train --rollout-grad 0", "not a positive whole number"),
-        ("train --encoder vjepa_tiny", "--encoder vjepa_tiny learns from clips of 8 rows; the longest episode of"),
+        ("train --encoder vjepa_tiny", "as a window of 8 model steps, 8 rows; the longest has 6"),
         ("train --rollout-decay 1.5", "--rollout-decay 1.5 is not above 0 and at most 1"),
         ("train --predictor lstm", "invalid choice: 'lstm'"),
         ("train --predictor rwm --rollout-steps 1 --heads 2", "--predictor rwm has no --heads"),
@@ -2219,7 +2258,7 @@ def test_linear_probe_and_intervals():
         ("plan --ckpt a --goal-source file", "--goal-source file and --goal-file PATH go together"),
         ("plan --ckpt a --goal-file x.json", "--goal-source file and --goal-file PATH go together"),
         ("plan --ckpt a --lr 0", "--temperature and --lr must be above 0"),
-        ("plan --ckpt a --keep 300", "--keep 300 leaves no new candidate of --num-samples 300"),
+        ("plan --ckpt a --planner icem --keep 300", "--keep 300 leaves no new candidate of --num-samples 300"),
         ("plan --ckpt a --momentum 1", "--momentum must be at least 0 and below 1"),
         ("plan --ckpt a --maxnorm 0", "and --maxnorm above 0"),
         ("plan --ckpt a --shift dark", "invalid choice: 'dark'"),
@@ -2249,7 +2288,7 @@ def test_a_checkpoint_of_another_world_or_other_flags_is_refused(workplace, scri
     script("train", *TINY, "--name", "tiny")
     data.collect("medium", "pointmaze-medium", 3, 7, 5, 64, workers=1)
     code, _, err = script("plan", "--goal-source", "dset", "--data", "medium")
-    assert code == 2 and "has environment pointmaze-medium, the checkpoint pointmaze" in err
+    assert code == 2 and "has --env pointmaze-medium, not the pointmaze that is asked for" in err
     code, _, err = script("train", *TINY, "--name", "tiny", "--lr", "0.01")
     assert code == 2 and "trained with other --lr" in err
     nan = torch.tensor(float("nan"), requires_grad=True)
@@ -2305,9 +2344,7 @@ def test_horizon_error_of_the_truth_is_zero(workplace, script, monkeypatch):
         return {"visual": torch.from_numpy(np.stack(states, 1)).float()[:, :, None]}
 
     monkeypatch.setattr(model, "rollout", simulate)
-    monkeypatch.setattr(sys, "argv", ["plan", "--ckpt", "truth", "--horizon-error", "3", "--n-evals", "4"])
-    args = plan.get_args()
-    curves = plan.horizon_error(env, [model.eval()], args, torch.device("cpu"))["truth"]
+    curves = plan.horizon_error(env, {"truth": model.eval()}, 3, 4, [99], torch.device("cpu"))["truth"]
     assert max(curves["model"]) < 1e-4 < min(curves["simulator"][0], 0.01) < curves["copy"][0]
 
 
@@ -2498,7 +2535,7 @@ def test_the_released_data_set_trains_plans_and_is_described(archive, script):
     code, out, _ = script("released", archive)
     assert code == 0 and "10 episodes of 26 to 30 rows" in out and "(291, 32, 32, 3)" in out
     code, _, err = script("train", "--data", archive, "--env", "pointmaze")
-    assert code == 2 and "point_maze was collected in 'pointmaze-d4rl', not --env pointmaze" in err
+    assert code == 2 and "point_maze has --env pointmaze-d4rl, not the pointmaze that is asked for" in err
 
 
 def rewrite(path, change):

@@ -18,8 +18,6 @@ was interrupted goes on from its last epoch when the same command is given again
 where it would have.
 """
 
-import argparse
-import csv
 import hashlib
 import json
 import math
@@ -34,11 +32,11 @@ from tqdm import tqdm
 
 import data
 import released
-from data import UserError, Windows, natural, positive, run_script, write_atomic
+from data import Parser, UserError, Windows, natural, positive, run_script, write_atomic, write_csv
 from decoders import beside, likeness, write_gif, write_strips
 from encoders import chunks
-from predictor import PREDICTORS, WorldModel, available_device, build_eyes, load_checkpoint
-from vae_mdnrnn import to_tensor
+from predictor import PREDICTORS, WorldModel, build_eyes, load_checkpoint
+from vae_mdnrnn import available_device, to_tensor
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -55,9 +53,7 @@ FIT_FRAMES = 20_000  # of the training episodes, for encoders that learn from fr
 
 
 def get_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--env", help="the world; its data are collected if they are not there (default: the data set's, or pointmaze)")
     add("--data", help="data set folder, ours or DINO-WM's point_maze (default: datasets/ENV, or datasets/ENV_SIZE)")
@@ -70,7 +66,6 @@ def get_args(argv=None):
     add("--weights", help="the encoder's: a file, folder or Hugging Face repository, or 'random' (default: pretrained)")
     add("--frameskip", type=positive, default=5, help="environment steps per model step")
     add("--num-hist", type=positive, default=3, help="frames that the transition model sees")
-    add("--num-pred", type=int, default=1, choices=(1,), help="model steps ahead that it predicts; 1, as released")
     add("--predictor", default="vit", choices=PREDICTORS, help="the transition model")
     add("--predictor-weights", metavar="PATH", help="where vjepa2_ac starts from: a released predictor of its size")
     add("--rollout-steps", type=positive, help="frames that it imagines in training; "
@@ -81,6 +76,7 @@ def get_args(argv=None):
     add("--width", type=positive, help="of the stream of vjepa2_ac or the GRU of rwm (default: 128, 256)")
     add("--depth", type=positive, help="layers of the transition model (default: vit 6 for patches, else 4; rwm 2)")
     add("--heads", type=positive, help="attention heads (default: vit 16 for patches, else 4)")
+    add("--dim-head", type=positive, help="numbers of an attention head of vit (default: 64 for patches, else 32)")
     add("--mlp-dim", type=positive, help="width of its feed-forward layers (default: vit 2048 for patches, else 256; "
         "rwm 128; vjepa2_ac 512)")  # fmt: skip
     add("--dropout", type=float, help="of vit (default: 0.1 for patches, else 0)")
@@ -128,7 +124,7 @@ def transition_sizes(args, single):
     """The transition model's keyword arguments: its default sizes, and what the flags say otherwise."""
     vit = (LAPTOP if single else PAPER) | COMPOSITION
     sizes = dict({"vit": vit, "rwm": RWM, "vjepa2_ac": AC}[args.predictor])
-    for name in ("width", "depth", "heads", "mlp_dim", "dropout", *COMPOSITION):
+    for name in ("width", "depth", "heads", "dim_head", "mlp_dim", "dropout", *COMPOSITION):
         if (value := getattr(args, name)) is not None:
             if name not in sizes:
                 raise UserError(f"--predictor {args.predictor} has no --{name.replace('_', '-')}")
@@ -151,22 +147,12 @@ def open_dataset(args):
     default = Path(f"datasets/{args.env}" + (f"_{args.img_size}" if args.img_size != 64 else ""))
     if args.data is None and not default.exists():
         data.collect(default, args.env, args.episodes, 20, args.frameskip, args.img_size, args.seed)
-    dataset = released.open_dataset(args.data or default)
-    if dataset.meta["env"] != args.env:
-        raise UserError(f"{dataset.path} was collected in '{dataset.meta['env']}', not --env {args.env}")
-    if dataset.meta["img_size"] != args.img_size:
-        raise UserError(f"{dataset.path} has frames of {dataset.meta['img_size']} px, not --img-size {args.img_size}")
-    return dataset
+    return released.open_dataset(args.data or default, env=args.env, img_size=args.img_size)
 
 
 def fit_frames(encoder, dataset, episodes, rng):
     """The frames (S, H, W, 3) that an encoder is fitted to: FIT_FRAMES at random, in clips as long as it wants them."""
-    clip, longest = encoder.clip_frames, (dataset.episode_ends - dataset.episode_starts)[episodes].max()
-    if clip > longest:
-        raise UserError(
-            f"--encoder {encoder.name} learns from clips of {clip} rows; the longest episode of {dataset.path} has "
-            f"{longest}: collect longer ones with python data.py --steps"
-        )
+    clip = encoder.clip_frames
     starts = Windows(dataset, episodes, clip, dataset.meta["frameskip"]).starts
     first = np.sort(rng.choice(starts, min(FIT_FRAMES // clip, len(starts)), replace=False))
     return dataset.frames[(first[:, None] + np.arange(clip)).ravel()]
@@ -233,9 +219,9 @@ def validate(model, windows, tokens, batch_size, device, rollout):
         loss, parts = model.loss(batch, *rollout)
         visual = model.encode(batch)["visual"][:, : model.num_hist + model.num_pred]
         copy = model.predictor.criterion(visual[:, : model.num_hist], visual[:, model.num_pred :])
-        values = {"val": loss.item(), **{f"val_{name}": part for name, part in parts.items()}, "copy": copy.item()}
+        values = {"val": loss, **{f"val_{name}": part for name, part in parts.items()}, "copy": copy}
         for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value * len(visual) / len(windows)
+            sums[name] = sums.get(name, 0.0) + value.item() * len(visual) / len(windows)
     return sums
 
 
@@ -268,12 +254,6 @@ def look(model, windows, tokens, device, directory, count=8):
 def write_log(directory, log):
     """log.csv and curves.png from the list of epochs."""
 
-    def write_csv(path):
-        with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, log[-1].keys(), extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(log)
-
     def draw(path):
         figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
         for name, style in (("train", "-"), ("val", "-"), ("copy", ":")):
@@ -283,7 +263,7 @@ def write_log(directory, log):
         figure.savefig(path, dpi=120)
         plt.close(figure)
 
-    write_atomic(directory / "log.csv", write_csv)
+    write_csv(directory / "log.csv", log)
     write_atomic(directory / "curves.png", draw)
 
 
@@ -293,7 +273,7 @@ def train(args):
     resumed = None
     if (directory / "model.pt").exists() and not args.overwrite:
         resumed = load_checkpoint(directory, device)
-        before = json.loads((directory / "args.json").read_text())
+        before = json.loads(path.read_text()) if (path := directory / "args.json").is_file() else {}
         changed = [f"--{k.replace('_', '-')}" for k in flags if before.get(k) != flags[k]]
         if changed:
             raise UserError(f"{directory} was trained with other {', '.join(changed)}: choose a --name, or --overwrite")
@@ -309,11 +289,6 @@ def train(args):
     num_frames = args.num_hist + args.rollout_steps
     rollout = args.rollout_steps, args.rollout_decay, args.rollout_grad
     longest = (dataset.episode_ends - dataset.episode_starts).max() * dataset.meta["frameskip"] // args.frameskip
-    if args.num_hist + args.num_pred <= longest < num_frames:
-        raise UserError(
-            f"--rollout-steps {args.rollout_steps} after --num-hist {args.num_hist} needs episodes of {num_frames} "
-            f"model steps; the longest of {dataset.path} has {longest}"
-        )
     train_windows = Windows(dataset, train_episodes, num_frames, args.frameskip)
     val_windows = Windows(dataset, val_episodes, num_frames, args.frameskip)
     look_windows = Windows(dataset, val_episodes, max(num_frames, min(10, longest)), args.frameskip)
@@ -325,7 +300,7 @@ def train(args):
     epochs, batch_size = args.epochs or (20 if single else 100), args.batch_size or (128 if single else 32)
     stats = dataset.statistics(train_episodes)
     model = WorldModel(
-        encoder, stats["action"], stats["proprio"], args.num_hist, args.num_pred, args.frameskip,
+        encoder, stats["action"], stats["proprio"], args.num_hist, frameskip=args.frameskip,
         emb_dim=encoder.dim if args.concat_dim == 0 else 10,
         world=dict(env=args.env, img_size=args.img_size, data=str(dataset.path)), predictor=args.predictor,
         variant=args.variant, decoder=decoder_sizes(args, single), **sizes,
@@ -334,9 +309,10 @@ def train(args):
         model.predictor.load_released(args.predictor_weights)
     decoder = [] if model.decoder is None else list(model.decoder.parameters())
     trained = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("decoder.")]
-    optimizer = torch.optim.AdamW(
-        [{"params": trained}] + [{"params": decoder, "lr": DECODER_LR, "weight_decay": 0.0}] * bool(decoder), lr=args.lr
-    )
+    groups = [{"params": trained}]
+    if decoder:
+        groups.append({"params": decoder, "lr": DECODER_LR, "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, lr=args.lr)
     steps_per_epoch = -(-len(train_windows) // batch_size)
     total_steps = args.steps or epochs * steps_per_epoch
     epochs = -(-total_steps // steps_per_epoch)
@@ -356,8 +332,8 @@ def train(args):
     else:
         tokens = token_cache(model.encoder, dataset, device)
 
-    if resumed is None:
-        shutil.rmtree(directory, ignore_errors=True)
+    if resumed is None and (directory / "model.pt").exists():  # --overwrite
+        shutil.rmtree(directory)
     write_atomic(directory / "args.json", lambda path: path.write_text(json.dumps(flags, indent=1)))
     bar = tqdm(total=total_steps, initial=len(log) * steps_per_epoch, desc="train", unit="step")
     for epoch in range(len(log), epochs):

@@ -6,7 +6,8 @@
 
 V and M learn without rewards from what a random policy saw. C is then evolved in the real environment (CarRacing,
 section 3), or inside M alone, in a dream that never renders a frame (TakeCover, section 4).
-What the paper leaves open is as in its code (github.com/hardmaru/WorldModelsExperiments).
+What the paper leaves open is as in its code (github.com/hardmaru/WorldModelsExperiments), unless a docstring says
+otherwise.
 
     python vae_mdnrnn.py all --env takecover        # the five steps below, one after the other
 
@@ -20,17 +21,16 @@ What the paper leaves open is as in its code (github.com/hardmaru/WorldModelsExp
     python vae_mdnrnn.py bench                      # dream steps per second
 
 Everything lands in runs/worldmodels_<env>. Training that was killed goes on where it stopped when it is called again,
-and a step that is done stays done, unless --overwrite. The run keeps its flags (args.json): give them once.
+and a step that is done stays done, but for the test, unless --overwrite. The run keeps its flags (args.json): give them
+once.
 """
 
 import argparse
-import csv
 import functools
 import itertools
 import json
 import math
 import os
-import pickle
 import shutil
 import time
 from pathlib import Path
@@ -168,6 +168,29 @@ def train_vae(vae, frames, steps, batch_size=32, lr=1e-3, beta=1.0, kl_tolerance
     return fit(vae, loss, steps, lr, seed, "train V", checkpoint, {"z_dim": vae.z_dim})
 
 
+def available_device(text):
+    """An `argparse` type: the name of a device that torch can use here."""
+    try:
+        torch.zeros(1, device=text)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise argparse.ArgumentTypeError(f"torch cannot use the device '{text}' here") from None
+    return text
+
+
+def load_tensors(path, device="cpu", kind=dict, **options):
+    """What torch.save wrote to `path`, of tensors and plain values; never executes a pickle. UserError if it is not
+    there, damaged, or no `kind`."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True, **options)
+    except FileNotFoundError:
+        raise UserError(f"no file at {path}") from None
+    except Exception:  # a damaged file can fail in any way
+        content = None
+    if not isinstance(content, kind):
+        raise UserError(f"{path} is damaged, or does not hold a {kind.__name__.lower()} of torch.save")
+    return content
+
+
 def fit(model, loss, steps, lr, seed, name, checkpoint=None, config=None, clip=None):
     """`steps` steps of Adam, its learning rate on a cosine, on `loss()["loss"]`, in place.
 
@@ -177,7 +200,7 @@ def fit(model, loss, steps, lr, seed, name, checkpoint=None, config=None, clip=N
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     first, log = 0, []
     if checkpoint and checkpoint.exists():
-        saved = load(checkpoint)
+        saved = load_tensors(checkpoint)
         load_weights(model, saved, checkpoint)
         optimizer.load_state_dict(saved["optimizer"])
         first, log = saved["step"], saved["log"]
@@ -201,7 +224,7 @@ def fit(model, loss, steps, lr, seed, name, checkpoint=None, config=None, clip=N
         if checkpoint and (step == steps - 1 or time.monotonic() - saved_at > 30):
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), config=config, step=step + 1)
             data.write_atomic(checkpoint, lambda p: torch.save({**state, "log": log}, p))  # noqa: B023
-            write_csv(checkpoint.with_suffix(".csv"), log)
+            data.write_csv(checkpoint.with_suffix(".csv"), log)
             saved_at = time.monotonic()
     return model.eval()
 
@@ -213,8 +236,9 @@ def fit(model, loss, steps, lr, seed, name, checkpoint=None, config=None, clip=N
 class MDNRNN(nn.Module):
     """M: P(z_{t+1} | a_t, z_t, h_t) as a mixture of n_mix Gaussians, from an LSTM (section 2.2, appendix A.2).
 
-    mixture "vector" (default): n_mix Gaussians over the whole next latent vector; "dimension": n_mix for each of its
-    dimensions by itself, as in the paper's code. Both are G mixtures over D = z_dim / G dimensions each.
+    mixture "vector" (default): n_mix Gaussians over the whole next latent vector, as the paper's equation reads;
+    "dimension": n_mix for each of its dimensions by itself, as in the paper's code. Both are G mixtures over
+    D = z_dim / G dimensions each.
     heads: any of "done", "reward", "action" (the next one, for iterative training), as one comma-separated string.
     With "dimension" and the second bias vector of PyTorch's LSTM (4 x hidden) taken off, the parameters are the
     paper's: 422,368 (CarRacing: no heads, no restart flag), 1,678,785 (TakeCover: restart flag, done head).
@@ -375,7 +399,8 @@ class Agent:
 class RandomPolicy:
     """ "hold": a uniform action, kept for 1 to 99 steps, log-uniformly (TakeCover; the paper keeps it for 1 to 10, but
     has twelve times as many episodes in which to reach the walls); "brownian": a_{t+1} = a_t + sqrt(dt) N(0, 1),
-    dt = 1/50, kept within bounds (CarRacing); "uniform": anew each step, the control of `test`."""
+    dt = 1/50, kept within bounds (CarRacing, after github.com/ctallec/world-models; the paper's code draws a random C
+    for each episode); "uniform": anew each step, the control of `test`."""
 
     def __init__(self, kind, space, rng):
         self.kind, self.space, self.rng = kind, space, rng
@@ -525,10 +550,12 @@ def evolve(scores, mean, path, popsize, trials, generations, score_trials, sigma
     CMA-ES is deterministic, so that the fitness values are its checkpoint: a resumed run asks for the same candidates
     and tells it the stored values.
     """
+    begun = dict(popsize=popsize, trials=trials, sigma0=sigma0, seed=seed)
     es = cma.CMAEvolutionStrategy(mean, sigma0, {"popsize": popsize, "seed": seed + 1, "verbose": -9})
-    best = load(path) if path.exists() else {"score": -math.inf, "fitness": [], "log": []}
-    if best["fitness"] and len(best["fitness"][0]) != popsize:
-        raise UserError(f"{path} was begun with --popsize {len(best['fitness'][0])}: go on with it, or --overwrite")
+    best = load_tensors(path) if path.exists() else {"score": -math.inf, "fitness": [], "log": [], "begun": begun}
+    if best.setdefault("begun", begun) != begun:
+        flags = ", ".join(f"--{name} {value}" for name, value in best["begun"].items() if value != begun[name])
+        raise UserError(f"{path} was begun with {flags}: go on with that, or --overwrite")
     bar = tqdm(range(generations), desc=f"train C ({path.stem})")
     for generation in bar:
         candidates = es.ask()
@@ -546,19 +573,12 @@ def evolve(scores, mean, path, popsize, trials, generations, score_trials, sigma
         best["log"].append({k: float(v) for k, v in row.items()})
         bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k != "generation"})
         data.write_atomic(path, lambda p: torch.save(best, p))
-        write_csv(path.with_suffix(".csv"), best["log"])
+        data.write_csv(path.with_suffix(".csv"), best["log"])
     return best
 
 
 # ---------------------------------------------------------------------------------------------------------
 # The steps. Each reads what the one before wrote into the run's folder, `args.run`
-
-
-def load(path):
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}): make it again") from None
 
 
 def load_weights(model, saved, path):
@@ -573,18 +593,6 @@ def need(path, step, args):
     if not path.exists():
         raise UserError(f"no {path}: first run python vae_mdnrnn.py {step} --env {args.env}")
     return path
-
-
-def write_csv(path, rows):
-    names = list(dict.fromkeys(name for row in rows for name in row))
-
-    def write(temporary):
-        with open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(rows)
-
-    data.write_atomic(path, write)
 
 
 def dataset_of(args):
@@ -605,8 +613,8 @@ def load_models(args):
     """V, M and C's form, as saved; sizes that do not fit each other or the flags are the user's to put right."""
     v_path, m_path = need(args.run / "vae.pt", "train-v", args), need(args.run / "rnn.pt", "train-m", args)
     vae, rnn = VAE(args.z_dim), make_rnn(args)
-    load_weights(vae, load(v_path), v_path)
-    load_weights(rnn, load(m_path), m_path)
+    load_weights(vae, load_tensors(v_path), v_path)
+    load_weights(rnn, load_tensors(m_path), m_path)
     return vae.eval().requires_grad_(False), rnn.eval().requires_grad_(False), make_controller(args)
 
 
@@ -630,7 +638,7 @@ def controllers(args):
 
 
 def load_params(path, args):
-    best, size = load(need(path, "train-c", args)), make_controller(args).num_params
+    best, size = load_tensors(need(path, "train-c", args)), make_controller(args).num_params
     if "params" not in best:
         raise UserError(f"{path} stopped before its first score: go on with train-c --env {args.env}")
     if len(best["params"]) != size:
@@ -669,10 +677,9 @@ def collect(args):
     out = args.run / "data"
     if out.exists():
         return print(f"{out}: {len(data.Dataset(out))} episodes are there")
-    who, earlier, count, actor = args.policy, iter(()), 0, args
+    who, earlier, count, actor = args.policy, iter(()), 0, args.previous or args
     if args.previous:  # C acts, and what the earlier iterations saw stays
-        actor, who = previous_iteration(args)
-        old = dataset_of(actor)
+        who, old = last_params(args.previous), dataset_of(args.previous)
         spans, count = zip(old.episode_starts, old.episode_ends, strict=True), len(old)
         earlier = ({name: getattr(old, name)[s:e] for name in old.ARRAYS} for s, e in spans)
     jobs = [(who, args.seed * 1_000_003 + i, True) for i in range(args.episodes)]
@@ -684,16 +691,16 @@ def collect(args):
     print(f"{len(dataset)} episodes, {len(dataset.frames)} frames, return {returns.mean():.1f} ± {returns.std():.1f}")
 
 
-def previous_iteration(args):
-    """The flags with the iteration before as their run, and C's weights there (n,)."""
-    args = argparse.Namespace(**{**vars(args), "run": args.previous})
-    return args, load_params(*controllers(args).values(), args).numpy()
+def last_params(args):
+    """C's weights (n,) of the one C of an iteration."""
+    (path,) = controllers(args).values()
+    return load_params(path, args).numpy()
 
 
 def begin(model, path, args):
     """In iterative training V and M go on from where the iteration before left them."""
     if args.previous and not path.exists():
-        load_weights(model, load(args.previous / path.name), args.previous / path.name)
+        load_weights(model, load_tensors(args.previous.run / path.name), args.previous.run / path.name)
     return model.to(args.device)
 
 
@@ -730,9 +737,8 @@ def train_m(args):
 def train_c(args):
     """4. C by CMA-ES, in the dream (M alone, one C for each --tau) or in the real environment."""
     vae, rnn, controller = load_models(args)
-    mean = np.zeros(controller.num_params)
-    if args.previous:  # in iterative training C goes on from the iteration before
-        _, mean = previous_iteration(args)
+    # in iterative training C goes on from the iteration before
+    mean = last_params(args.previous) if args.previous else np.zeros(controller.num_params)
 
     def run_evolve(scores, path):
         best = evolve(scores, mean, path, args.popsize, args.trials, args.generations, args.score_trials, args.sigma0,
@@ -757,13 +763,11 @@ def real_scores(pool, params, seed, trials):
 def test(args):
     """5. Every trained C and a random policy: return over --test-episodes real episodes, and as many dreams."""
     vae, rnn, controller = load_models(args)
-    paths = {path.stem.removeprefix("c_"): path for path in sorted(args.run.glob("c_*.pt"))}
-    if not paths:
-        need(*controllers(args).values(), "train-c", args)
+    paths = {path.stem.removeprefix("c_"): path for path in sorted(args.run.glob("c_*.pt"))} or controllers(args)
+    trained = {name: load_params(path, args).numpy() for name, path in paths.items()}
     results = {}
     with workers(args) as pool:
-        for name in ["random", *paths]:
-            params = load_params(paths[name], args).numpy() if name in paths else "uniform"
+        for name, params in {"random": "uniform", **trained}.items():
             jobs = [(params, 777_000_000 + args.seed * 1_000 + i, False) for i in range(args.test_episodes)]
             results[name] = {"real": list(tqdm(pool.map(_episode, jobs, 1), f"test {name}", len(jobs)))}
             if name.startswith("dream"):
@@ -776,7 +780,7 @@ def test(args):
     for name, result in results.items():
         dream, real = (f"{np.mean(r):.0f} ± {np.std(r):.0f}" if r else "-" for r in map(result.get, ("dream", "real")))
         print(f"{name:16} {dream:>14} {real:>14}")
-    draw_dream(args, vae, rnn, controller, paths)
+    draw_dream(args, vae, rnn, controller, trained)
     return results
 
 
@@ -786,18 +790,17 @@ def iterate(args):
     Each iteration is a run of its own, with all data so far; V, M and C go on from where the one before left them.
     Deviation: V is trained on, too, for later iterations see what the first did not.
     """
-    root, args.where, args.tau = args.run, "dream", args.tau[:1]
-    args.heads = ",".join(dict.fromkeys([*args.heads.split(","), "reward", "action"]))
-    table = []
-    for iteration in range(1, args.iterations + 1):
-        args.run = root / f"iteration{iteration}"
-        print(f"iteration {iteration} of {args.iterations}")
-        random, own = all_steps(args).values()
-        names = {"dream": own["dream"], "real": own["real"], "random": random["real"]}
-        table.append({"iteration": iteration, **{name: float(np.mean(returns)) for name, returns in names.items()}})
-        write_csv(root / "iterations.csv", table)
-        args.previous, args.seed = args.run, args.seed + 1
-    args.run, args.seed = root, args.seed - args.iterations
+    table, previous = [], None
+    heads = ",".join(dict.fromkeys([*args.heads.split(","), "reward", "action"]))
+    for i in range(args.iterations):
+        print(f"iteration {i + 1} of {args.iterations}")
+        own = dict(run=args.run / f"iteration{i + 1}", seed=args.seed + i, where="dream", tau=args.tau[:1], heads=heads)
+        previous = argparse.Namespace(**vars(args) | own | {"previous": previous})
+        results = all_steps(previous)
+        (name,) = controllers(previous)
+        returns = {**results[name], "random": results["random"]["real"]}
+        table.append({"iteration": i + 1, **{who: float(np.mean(r)) for who, r in returns.items()}})
+        data.write_csv(args.run / "iterations.csv", table)
     for row in table:
         print("  ".join(f"{name} {value:.4g}" for name, value in row.items()))
 
@@ -816,14 +819,14 @@ def bench(args, seconds=3):
     base = None
     for batch in (1, 64, 1024):
         params = 0.1 * torch.randn(batch, controller.num_params, device=args.device)
-        features, steps, start = dream.reset(batch), -3, 0.0  # three to warm up
-        while steps < 0 or time.perf_counter() - start < seconds:
-            features, _, done = dream.step(controller(params, features))
+        features = dream.reset(batch)
+
+        def step():
+            _, _, done = dream.step(controller(params, features))  # noqa: B023
             done.any().item()  # waits for the device
-            steps += 1
-            if steps == 0:
-                start = time.perf_counter()
-        rate = batch * steps / (time.perf_counter() - start)
+
+        step()  # warms up
+        rate = batch * data.per_second(step, seconds)
         base = base or rate
         print(f"batch {batch:5}: {rate:9.0f} dream steps/s, {rate / base:6.1f} x batch 1")
 
@@ -856,10 +859,10 @@ def draw_scores(log, path):
     plt.close()
 
 
-def draw_dream(args, vae, rnn, controller, paths, length=600):
+def draw_dream(args, vae, rnn, controller, trained, length=600):
     """A dream (left) beside a real episode (right), both with the same C: dream.gif."""
-    name = next((name for name in controllers(args) if name in paths), min(paths))
-    params = load_params(paths[name], args)
+    name = next((name for name in controllers(args) if name in trained), min(trained))
+    params = torch.from_numpy(trained[name])
     torch.manual_seed(args.seed)
     agent = Agent(vae, rnn, controller, args.cell, params)
     real = rollout(data.make_env(args.env), agent, args.seed, length)["frames"]
@@ -887,16 +890,14 @@ NOT_KEPT = ("step", "out", "run", "previous", "device", "workers", "overwrite")
 
 
 def build_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=type("", (argparse.RawDescriptionHelpFormatter,
-                                                       argparse.ArgumentDefaultsHelpFormatter), {})
-    )  # fmt: skip
+    parser = data.Parser(description=__doc__)
     add = parser.add_argument
     add("step", choices=STEPS, metavar="step", help=", ".join(STEPS))
     add("--env", default="takecover", choices=RECIPES, help="most other defaults are this one's")
     add("--out", type=Path, help="the run's folder (default: runs/worldmodels_ENV)")
     add("--seed", type=data.natural, default=0, help="the same seed gives the same run")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="for V, M and the dream")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=available_device, default=default, help="for V, M and the dream")
     add("--workers", type=data.positive, default=os.cpu_count(), help="processes with a real environment")
     add("--overwrite", action="store_true", help="begin this step, and what builds on it, anew")
     add("--max-steps", type=data.positive, help="an episode's length at most, real or dreamt")
@@ -933,23 +934,28 @@ def build_parser():
 
 def parse_args(argv=None):
     """Twice, because the defaults are those of --env and of the run in --out."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--env", choices=RECIPES, default="takecover")
+    first = data.Parser(add_help=False)
+    first.add_argument("--env", choices=RECIPES)
     first.add_argument("--out", type=Path)
-    where, _ = first.parse_known_args(argv)
-    run = where.out or Path(f"runs/worldmodels_{where.env}")
-    kept = run / "args.json"
-    kept = json.loads(kept.read_text()) if kept.exists() else {"env": where.env}
-    if kept["env"] != where.env:
-        raise UserError(f"{run} is a run of --env {kept['env']}: give another --out than for {where.env}")
+    given, _ = first.parse_known_args(argv)
+    run = given.out or Path(f"runs/worldmodels_{given.env or 'takecover'}")
+    kept = json.loads((run / "args.json").read_text()) if (run / "args.json").exists() else {}
+    env = given.env or kept.get("env", "takecover")
+    if kept.get("env", env) != env:
+        raise UserError(f"{run} is a run of --env {kept['env']}: give another --out than for {env}")
     parser = build_parser()
-    parser.set_defaults(**{**RECIPES[where.env], **kept})
+    parser.set_defaults(**{**RECIPES[env], **kept, "env": env})
     args = parser.parse_args(argv)
     args.run, args.previous = run, None
     if not all(tau > 0 for tau in args.tau):
         raise UserError(f"the temperature must be above 0, not {min(args.tau):g}: try --tau 1.15")
     if args.popsize < 4:
         raise UserError(f"CMA-ES needs a population of at least 4, not {args.popsize}: give a larger --popsize")
+    for name in ("v_lr", "m_lr", "sigma0"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name):g} is not above 0")
+    if not min(args.beta, args.kl_tolerance) >= 0:
+        raise UserError("--beta and --kl-tolerance must be at least 0")
     return args
 
 
@@ -958,12 +964,18 @@ def main(argv=None):
     if args.step == "bench":
         return bench(args)
     if args.overwrite:  # away with what this step and those after it wrote
-        later = list(FILES)[list(FILES).index(args.step) if args.step in FILES else 0 :]
-        for path in [p for step in later for pattern in FILES[step].split() for p in args.run.glob(pattern)]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for path in args.run.glob("iteration*/") if args.step == "iterate" else ():
-            shutil.rmtree(path)
+        names = list(FILES)
+        later = names[names.index(args.step) if args.step in names else 0 :] if args.step != "iterate" else []
+        for pattern in " ".join(FILES[step] for step in later).split() or ["iteration*"]:
+            for path in args.run.glob(pattern):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if not (args.run / "args.json").exists():
+        keep_flags(args)  # a first step that is killed has them, too
     STEPS[args.step](args)
+    keep_flags(args)
+
+
+def keep_flags(args):
     kept = {k: v for k, v in vars(args).items() if k not in NOT_KEPT}
     data.write_atomic(args.run / "args.json", lambda p: p.write_text(json.dumps(kept, indent=1)))
 
