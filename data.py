@@ -381,23 +381,39 @@ class PointMazeD4RL(PointMaze):
         return super().render()[::-1].copy()  # mujoco-py's rows come from the bottom up
 
 
-class CarRacing(gym.Env):
+class Screen(gym.Wrapper):
+    """An environment that is known by its frames alone: the upper `shown` of what it draws, averaged down."""
+
+    def __init__(self, env, img_size, shown):
+        super().__init__(env)
+        self.img_size, self.shown = img_size, shown
+        self.observation_space = gym.spaces.Dict(
+            visual=gym.spaces.Box(0, 255, (img_size, img_size, 3), np.uint8),
+            proprio=gym.spaces.Box(-np.inf, np.inf, (0,), np.float32),
+        )
+
+    def observe(self):
+        return {"visual": self.render(), "proprio": np.zeros(0, np.float32)}
+
+    def render(self):
+        """(img_size, img_size, 3) uint8: every pixel the mean of the area that it covers."""
+        image = Image.fromarray(self.screen[: int(self.shown * len(self.screen))])
+        return np.asarray(image.resize((self.img_size, self.img_size), Image.Resampling.BOX))
+
+
+class CarRacing(Screen):
     """Gymnasium's CarRacing-v3, seen as in World Models: without the bar of indicators at the bottom.
 
     Action: steering in [-1, 1], gas in [0, 1], brake in [0, 1]. Reward 1000 / N for each of the N tiles of the track,
     -0.1 a step. An episode lasts 1,000 steps at most.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
-    render_mode = "rgb_array"
-
     def __init__(self, img_size=64):
         try:
             import Box2D  # noqa: F401  (without it Gymnasium's own message is a page long)
         except ImportError:
             raise UserError("carracing needs Box2D: pip install 'gymnasium[box2d]'") from None
-        self.env, self.img_size = gym.make("CarRacing-v3", max_episode_steps=1000), img_size
-        self.action_space, self.observation_space = self.env.action_space, visual_space(img_size)
+        super().__init__(gym.make("CarRacing-v3", max_episode_steps=1000), img_size, 84 / 96)  # as in the paper's code
 
     @property
     def state(self):
@@ -405,9 +421,8 @@ class CarRacing(gym.Env):
         hull = self.env.unwrapped.car.hull
         return np.array([*hull.position, *hull.linearVelocity, hull.angle])
 
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.screen, info = self.env.reset(seed=seed)
+    def reset(self, **options):
+        self.screen, info = self.env.reset(**options)
         return self.observe(), info
 
     def step(self, action, render=True):
@@ -415,42 +430,29 @@ class CarRacing(gym.Env):
         self.screen, reward, terminated, truncated, info = self.env.step(action)
         return (self.observe() if render else None), float(reward), terminated, truncated, info
 
-    def observe(self):
-        return {"visual": self.render(), "proprio": np.zeros(0, np.float32)}
 
-    def render(self):
-        return resize(self.screen[:84], self.img_size)  # 84 of the 96 rows, as in the paper's code
-
-    def close(self):
-        self.env.close()
-
-
-class TakeCover(gym.Env):
+class TakeCover(Screen):
     """ViZDoom's TakeCover, seen and steered as in World Models: survive the monsters' fireballs.
 
     Action: one number in [-1, 1]; below -1/3 the player moves left, above 1/3 right, between them it stays.
     Reward 1 a step (one tic of the game, 1/35 s). An episode ends with death, or after 2,100 steps.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 35}
-    render_mode = "rgb_array"
-
     def __init__(self, img_size=64):
         try:
             import vizdoom.gymnasium_wrapper  # noqa: F401  (registers the environments)
         except ImportError:
             raise UserError("takecover needs ViZDoom: pip install vizdoom") from None
-        self.env, self.img_size = gym.make("VizdoomTakeCover-v1", max_episode_steps=2100), img_size
-        self.action_space, self.observation_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32), visual_space(img_size)
+        super().__init__(gym.make("VizdoomTakeCover-v1", max_episode_steps=2100), img_size, 400 / 480)  # as in its code
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
 
     @property
     def state(self):
         """The player's health, 0 to 100."""
         return self.health
 
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        observation, info = self.env.reset(seed=seed)
+    def reset(self, **options):
+        observation, info = self.env.reset(**options)
         self.screen, self.health = observation["screen"], observation["gamevariables"]
         return self.observe(), info
 
@@ -460,29 +462,6 @@ class TakeCover(gym.Env):
         if not terminated:  # a dead player sees nothing: the last frame stays
             self.screen, self.health = observation["screen"], observation["gamevariables"]
         return (self.observe() if render else None), float(reward), terminated, truncated, info
-
-    def observe(self):
-        return {"visual": self.render(), "proprio": np.zeros(0, np.float32)}
-
-    def render(self):
-        rows = self.screen.shape[0] * 5 // 6  # 400 of 480, as in the paper's code
-        return resize(self.screen[:rows], self.img_size)
-
-    def close(self):
-        self.env.close()
-
-
-def resize(frame, size):
-    """(H, W, 3) uint8 -> (size, size, 3): every pixel the mean of the area that it covers."""
-    return np.asarray(Image.fromarray(frame).resize((size, size), Image.Resampling.BOX))
-
-
-def visual_space(img_size):
-    """Observations of an environment that is known by its frames alone."""
-    return gym.spaces.Dict(
-        visual=gym.spaces.Box(0, 255, (img_size, img_size, 3), np.uint8),
-        proprio=gym.spaces.Box(-np.inf, np.inf, (0,), np.float32),
-    )
 
 
 ENVIRONMENTS = {

@@ -47,6 +47,7 @@ from tqdm import tqdm
 
 import data
 from data import UserError
+from decoders import write_strips
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -840,8 +841,7 @@ def draw_reconstructions(vae, dataset, args):
     frames = dataset.frames[np.linspace(0, len(dataset.frames) - 1, 12).astype(int)]
     with torch.inference_mode():
         recon = to_frames(vae.decode(vae.encode(to_tensor(frames, args.device))[0]))
-    picture = np.concatenate([np.concatenate(row, 1) for row in (frames, recon)]).repeat(2, 0).repeat(2, 1)
-    data.write_atomic(args.run / "reconstructions.png", lambda p: imageio.imwrite(p, picture))
+    write_strips(args.run / "reconstructions.png", frames, recon)
 
 
 def draw_scores(log, path):
