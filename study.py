@@ -10,7 +10,7 @@ and in a world that looks otherwise than the one trained on. What is measured, f
     drift         error of the latent imagined h steps ahead, over its variance         (plan.py: horizon_error)
     probe         R^2 of (x, y, vx, vy), read off the tokens of one frame by ridge regression
 
-    python study.py                                          # the laptop set: no download, about two CPU hours
+    python study.py                                          # the laptop set: no download, 1.5 hours on two cores
     python study.py --encoder dinov2,dinov2@random,r3m@r3m.pth --steps 20000 --n-evals 50    # ENCODER@WEIGHTS; a GPU
 
 Writes runs/NAME/: a run for each (maze, encoder, seed) as train.py does, with its measurements in study.json; and of
