@@ -702,8 +702,9 @@ def test_a_missing_predecessor_is_named(wm_run, step, without, first):
 
 @pytest.mark.parametrize(
     "words, message", [
-        ("train-v --v-steps 9 --z-dim 5", "z_dim 4"), ("train-m --z-dim 5", "--z-dim 4"),
-        ("train-m --m-steps 9 --hidden 5", "hidden 8"), ("train-c --tau 0", "temperature"),
+        ("train-v --z-dim 5", "z_dim 4"), ("train-m --z-dim 5", "--z-dim 4"), ("train-m --hidden 5", "hidden 8"),
+        ("train-v --v-steps 9", "rnn.pt builds on"), ("train-m --m-steps 9", "c_dream_tau1.pt builds on"),
+        ("train-c --tau 0", "temperature"),
         ("train-c --tau nan", "temperature"), ("train-c --popsize 3", "population"),
         ("test --env takecover", "a run of --env pointmaze"),
     ],

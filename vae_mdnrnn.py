@@ -698,8 +698,12 @@ def last_params(args):
     return load_params(path, args).numpy()
 
 
-def begin(model, path, args):
-    """In iterative training V and M go on from where the iteration before left them."""
+def begin(model, path, args, steps, later):
+    """In iterative training V and M go on from where the iteration before left them. What `later` holds was built on
+    them as they are: more `steps` would leave it behind."""
+    built = sorted(args.run.glob(later))
+    if path.exists() and built and (done := load_tensors(path)["step"]) < steps:
+        raise UserError(f"{built[0]} builds on {path} as it is after {done} of {steps} steps: first remove {built[0]}")
     if args.previous and not path.exists():
         load_weights(model, load_tensors(args.previous.run / path.name), args.previous.run / path.name)
     return model.to(args.device)
@@ -709,7 +713,7 @@ def train_v(args):
     """2. V on the frames, then mu and logvar of each frame into latents.npz."""
     dataset, checkpoint, latents = dataset_of(args), args.run / "vae.pt", args.run / "latents.npz"
     torch.manual_seed(args.seed)
-    vae = begin(VAE(args.z_dim), checkpoint, args)
+    vae = begin(VAE(args.z_dim), checkpoint, args, args.v_steps, "rnn.pt")
     train_vae(vae, dataset.frames, args.v_steps, args.v_batch, args.v_lr, args.beta, args.kl_tolerance, args.seed,
               checkpoint=checkpoint)  # fmt: skip
     if not latents.exists() or latents.stat().st_mtime < checkpoint.stat().st_mtime:
@@ -731,7 +735,7 @@ def train_m(args):
             f"give --z-dim {latents[0].shape[1]}, or train-v --overwrite"
         )
     torch.manual_seed(args.seed)
-    rnn = begin(make_rnn(args), checkpoint, args)
+    rnn = begin(make_rnn(args), checkpoint, args, args.m_steps, "c_*.pt")
     train_mdnrnn(rnn, latents, dataset, args.m_steps, args.m_batch, args.m_lr, args.seed, checkpoint)
 
 
