@@ -524,14 +524,22 @@ class Workers:
 
     def __init__(self, workers, initializer=None, initargs=()):
         spawn = mp.get_context("spawn")  # a forked copy of threads or of a renderer hangs
-        self.pool = ProcessPoolExecutor(workers, spawn, _start_worker, (initializer, initargs))
+        self.start = lambda: ProcessPoolExecutor(workers, spawn, _start_worker, (initializer, initargs))
+        self.pool = self.start()
 
     def map(self, function, items, chunksize=4):
-        """Yields `function(item)` in order; a worker that dies raises a UserError."""
-        try:
-            yield from self.pool.map(function, items, chunksize=chunksize)
-        except BrokenProcessPool:
-            raise UserError("a worker process died (out of memory?): try fewer --workers") from None
+        """Yields `function(item)` in order. If a worker dies (a renderer that crashes, a lack of memory) new ones do
+        what is left; if one dies again before anything more is done, a UserError."""
+        items, done, died_at = list(items), 0, None
+        while done < len(items):
+            try:
+                for result in self.pool.map(function, items[done:], chunksize=chunksize):
+                    yield result
+                    done += 1
+            except BrokenProcessPool:
+                if done == died_at:
+                    raise UserError("a worker process died (out of memory?): try fewer --workers") from None
+                died_at, self.pool = done, self.start()
 
     def __enter__(self):
         return self

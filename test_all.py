@@ -263,9 +263,17 @@ def _die(_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_dies_is_reported():
-    with pytest.raises(UserError, match="worker process died"):
-        with data.Workers(2) as pool:
+def _die_once(i, path):
+    if i == 5 and not path.exists():
+        path.touch()
+        _die(i)
+    return i
+
+
+def test_a_worker_that_dies_is_replaced_and_one_that_always_dies_is_reported(tmp_path):
+    with data.Workers(2) as pool:
+        assert list(pool.map(partial(_die_once, path=tmp_path / "dead"), range(20), 2)) == list(range(20))
+        with pytest.raises(UserError, match="worker process died"):
             list(pool.map(_die, range(4)))
 
 
