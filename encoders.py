@@ -18,11 +18,8 @@ pretrained see pixels normalised as ImageNet's, but `dinov2` and `dino_cls` by D
     python encoders.py --show pictures --encoders dinov2,dinov3 --weights random
 """
 
-import copy
 import math
 import re
-import urllib.error
-import urllib.request
 from functools import partial
 from pathlib import Path
 
@@ -33,8 +30,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
+import vjepa
 from data import Dataset, Parser, UserError, Windows, make_env, positive, run_script, write_atomic
-from vae_mdnrnn import VAE, fit, load_tensors, sample_z, to_tensor, train_vae
+from vae_mdnrnn import VAE, fit, sample_z, to_tensor, train_vae
+from weights import load_weights, resnet_names, vit_names, vjepa2_names
 
 DINOV2, DINOV3 = "vit_{}_patch14_dinov2.lvd142m", "vit_{}_patch16_dinov3.lvd1689m"  # timm's names, but for the size
 SIZES = {"small": 384, "base": 768, "large": 1024}  # and their widths
@@ -208,6 +207,67 @@ class VAEEncoder(FrozenEncoder):
         return latent.unflatten(1, (self.dim, self.num_patches)).mT  # (B, N, d)
 
 
+def collapse_measures(tokens):
+    """Of tokens (S, N, d): the mean over d of the standard deviation over the frames, and the effective rank (Roy &
+    Vetterli, 2007), exp(entropy) of the covariance's normalised eigenvalues: between 1 and d."""
+    x = (tokens - tokens.mean(0)).flatten(0, 1).double()
+    share = torch.linalg.eigvalsh(x.T @ x).clamp(min=1e-12)
+    share = share / share.sum()
+    return x.std(0).mean().item(), (-share * share.log()).sum().exp().item()
+
+
+class VJEPATinyEncoder(FrozenEncoder):
+    """V-JEPA 2's pretraining (vjepa.py) on our own clips, small.
+
+        token = LN(E'([x, x]))          as `vjepa2`: a frame twice makes a clip of one tubelet
+
+    Not as in the release:
+    - Each pixel is standardised over the frames: the ball is 2 % of them, and the tokens collapse towards the rest.
+    - Blocks hide half of the clip, not all of it: where a ball is that is hidden throughout, nobody can say.
+    - 1,500 steps of 16 clips, hence a faster average (0.998, not 0.99925); no weight decay, no augmentation.
+    """
+
+    clip_frames = 8
+
+    def __init__(self, img_size=64, dim=64, patch=16, depth=3, heads=2):
+        super().__init__("vjepa_tiny", img_size, dim, patch)
+        self.grid = self.clip_frames // 2, img_size // patch, img_size // patch
+        self.vit = vjepa.VideoViT(self.grid, patch, dim, depth, heads)
+        self.register_buffer("mean", torch.zeros(3 * img_size**2))
+        self.register_buffer("scale", torch.ones(3 * img_size**2))
+
+    def see(self, images):
+        """(B, 3, h, w) -> standardised, (B, 3, img_size, img_size)."""
+        return (self.resize(images) - self.mean.view(3, self.img_size, -1)) / self.scale.view(3, self.img_size, -1)
+
+    def fit(self, frames, seed=0, steps=1500, batch_size=16, momentum=0.998):
+        """frames (S, H, W, 3) uint8, every `clip_frames` in a row a clip. UserError if the tokens collapse."""
+        device, T = self.mean.device, self.clip_frames
+        sample = frames[:: max(1, len(frames) // 4000)]
+        self.standardise(see_all(self.resize, sample, device).flatten(1))
+
+        def draw():
+            first = T * torch.randint(len(frames) // T, (batch_size,)).sort().values
+            rows = (first[:, None] + torch.arange(T)).flatten().numpy()
+            return self.see(to_tensor(frames[rows], device)).unflatten(0, (-1, T))  # (B, T, 3, s, s)
+
+        vjepa.pretrain(self.vit, draw, self.grid, steps, momentum, seed)
+        self.freeze()
+        std, rank = collapse_measures(see_all(self, sample, device))
+        print(f"{self.name}: standard deviation {std:.2f} over the frames, effective rank {rank:.1f} of {self.dim}")
+        if std < 0.05 or rank < 2:
+            raise UserError(
+                f"{self.name} has collapsed: its tokens hardly depend on the frame (standard deviation {std:.3f}, "
+                f"effective rank {rank:.1f}): try another --seed, or frames in which more moves"
+            )
+        return self
+
+    @torch.no_grad()
+    def forward(self, images):
+        clips = self.see(images)[:, None].expand(-1, 2, -1, -1, -1)  # (B, 2, 3, s, s)
+        return F.layer_norm(self.vit(clips), (self.dim,))  # (B, N, d)
+
+
 class PatchEncoder(FrozenEncoder):
     """Raw pixels in patches through a fixed random projection: does pretraining matter at all?
 
@@ -324,197 +384,6 @@ class ResNetEncoder(FrozenEncoder):
     def forward(self, images):
         tokens = self.net.forward_features(self.normalise(images, **IMAGENET)).flatten(2).mT  # (B, 49, 512)
         return tokens.mean(1, keepdim=True) if self.num_patches == 1 else tokens
-
-
-# ---------------------------------------------------------------------------------------------------------
-# V-JEPA 2's pretraining, on our own clips
-
-
-def rotary_angles(position, head_dim, released=False):
-    """cos and sin (..., L, head_dim) of the angles of positions (..., L, 3) in time, row and column.
-
-    A head's width is cut into three even sections, one for each, and an unrotated rest. With `released` the two numbers
-    of a pair turn by different angles: a slip that V-JEPA 2's weights were trained with.
-    """
-    section = 2 * (head_dim // 3 // 2)
-    omega = 10000.0 ** (-torch.arange(section // 2, device=position.device) / (section / 2))
-    angle = position[..., None] * omega  # (..., L, 3, section / 2)
-    angle = torch.cat([angle, angle], -1) if released else angle.repeat_interleave(2, -1)
-    angle = F.pad(angle.flatten(-2), (0, head_dim - 3 * section))  # (..., L, head_dim)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x, cos, sin):
-    """Turns the pairs (0, 1), (2, 3), ... of x (..., L, head_dim)."""
-    turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
-    return x * cos + turned * sin
-
-
-class RotaryBlock(nn.Module):
-    """A pre-norm transformer block with rotary positions; its parameters are named as in V-JEPA 2's release."""
-
-    def __init__(self, width, heads, mlp_dim):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, mlp_dim), "fc2": nn.Linear(mlp_dim, width)})
-
-    def forward(self, x, cos, sin, mask=None):
-        qkv = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, head_dim)
-        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, attn_mask=mask)
-        x = x + self.attn["proj"](y.transpose(1, 2).flatten(2))
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
-
-
-class RotaryTransformer(nn.Module):
-    """Tokens (B, L, dim) at the places `index` (B, L) of a grid (T, side, side) -> (B, L, dim)."""
-
-    def __init__(self, grid, dim, depth, heads):
-        super().__init__()
-        self.blocks = nn.ModuleList(RotaryBlock(dim, heads, 4 * dim) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        place = torch.cartesian_prod(*(torch.arange(n) for n in grid))  # (T * side^2, 3)
-        for name, table in zip(("cos", "sin"), rotary_angles(place, dim // heads), strict=True):
-            self.register_buffer(name, table, persistent=False)
-
-    def forward(self, x, index):
-        cos, sin = self.cos[index][:, None], self.sin[index][:, None]  # (B, 1, L, head_dim)
-        for block in self.blocks:
-            x = block(x, cos, sin)
-        return self.norm(x)
-
-
-class VideoViT(nn.Module):
-    """Clips (B, T, 3, s, s) -> the tokens (B, L, dim) of their tubelets of 2 x patch x patch pixels, or of those at the
-    places `keep` (B, L') alone, which then know nothing of the others."""
-
-    def __init__(self, grid, patch, dim, depth, heads):
-        super().__init__()
-        self.embed = nn.Conv3d(3, dim, (2, patch, patch), (2, patch, patch))
-        self.transformer = RotaryTransformer(grid, dim, depth, heads)
-
-    def forward(self, clips, keep=None):
-        x = self.embed(clips.transpose(1, 2)).flatten(2).mT  # (B, L, dim)
-        if keep is None:
-            return self.transformer(x, torch.arange(x.shape[1], device=x.device)[None])
-        return self.transformer(x.take_along_dim(keep[..., None], 1), keep)
-
-
-class MaskedPredictor(nn.Module):
-    """Tokens (B, L', dim) of the places `context` (B, L') -> those of the places `target` (B, M), (B, M, dim)."""
-
-    def __init__(self, grid, dim, width, depth, heads):
-        super().__init__()
-        self.embed, self.proj = nn.Linear(dim, width), nn.Linear(width, dim)
-        self.mask_token = nn.Parameter(torch.zeros(width))
-        self.transformer = RotaryTransformer(grid, width, depth, heads)
-
-    def forward(self, tokens, context, target):
-        masked = self.mask_token.expand(*target.shape, -1)  # a place's position comes in with the attention
-        x = torch.cat([self.embed(tokens), masked], 1)
-        return self.proj(self.transformer(x, torch.cat([context, target], 1))[:, -target.shape[1] :])
-
-
-def block_masks(count, grid, blocks, area, duration):
-    """The places that the encoder sees and those to be predicted, (count, L') and (count, M), in clips of a grid of
-    (T, side, side) tokens: hidden is what `blocks` blocks cover, each over `area` of a frame, `duration` of the clip.
-
-    As in the release a batch shares the blocks' shape, and all clips keep as many of either as the one that has least.
-    """
-    T, side, _ = grid
-    place = torch.cartesian_prod(*(torch.arange(n) for n in grid))  # (T * side^2, 3)
-    aspect = torch.empty(()).uniform_(0.75, 1.5)
-    size = torch.stack([torch.tensor(duration * T), side * (area * aspect).sqrt(), side * (area / aspect).sqrt()])
-    size = size.round().clamp(torch.ones(3), torch.tensor(grid))
-    start = (torch.rand(count, blocks, 1, 3) * (torch.tensor(grid) - size + 1)).floor()
-    hidden = ((place >= start) & (place < start + size)).all(-1).any(1)  # (count, T * side^2)
-    seen = (~hidden).sum(1).min()
-    order = (hidden + torch.rand(hidden.shape)).argsort(1)  # what is seen comes first; both in random order
-    return order[:, :seen], order[:, len(place) - hidden.sum(1).min() :]
-
-
-@torch.no_grad()
-def follow(average, model, momentum):
-    """The exponential moving average: average <- momentum * average + (1 - momentum) * model."""
-    for a, b in zip(average.parameters(), model.parameters(), strict=True):
-        a.lerp_(b, 1 - momentum)
-
-
-def collapse_measures(tokens):
-    """Of tokens (S, N, d): the mean over d of the standard deviation over the frames, and the effective rank (Roy &
-    Vetterli, 2007), exp(entropy) of the covariance's normalised eigenvalues: between 1 and d."""
-    x = (tokens - tokens.mean(0)).flatten(0, 1).double()
-    share = torch.linalg.eigvalsh(x.T @ x).clamp(min=1e-12)
-    share = share / share.sum()
-    return x.std(0).mean().item(), (-share * share.log()).sum().exp().item()
-
-
-class VJEPATinyEncoder(FrozenEncoder):
-    """V-JEPA 2's pretraining (Assran et al., 2025, arXiv:2506.09985, section 2.1) on our own clips, small.
-
-        L = mean |P(E(x_seen), m) - sg(LN(E'(x)))|         over the hidden places; m: a mask token with their positions
-        E' <- momentum E' + (1 - momentum) E               E, E': video ViTs; P: a smaller transformer
-        token = LN(E'([x, x]))                             as `vjepa2`: a frame twice makes a clip of one tubelet
-
-    Not as in the release:
-    - Each pixel is standardised over the frames: the ball is 2 % of them, and the tokens collapse towards the rest.
-    - Blocks hide half of the clip, not all of it: where a ball is that is hidden throughout, nobody can say.
-    - 1,500 steps of 16 clips, hence a faster average (0.998, not 0.99925); no weight decay, no augmentation.
-    """
-
-    clip_frames = 8
-    MASKS = (8, 0.15, 0.5), (2, 0.7, 0.5)  # short and long range: blocks, their share of a frame, of the clip
-
-    def __init__(self, img_size=64, dim=64, patch=16, depth=3, heads=2):
-        super().__init__("vjepa_tiny", img_size, dim, patch)
-        self.grid = self.clip_frames // 2, img_size // patch, img_size // patch
-        self.vit = VideoViT(self.grid, patch, dim, depth, heads)
-        self.register_buffer("mean", torch.zeros(3 * img_size**2))
-        self.register_buffer("scale", torch.ones(3 * img_size**2))
-
-    def see(self, images):
-        """(B, 3, h, w) -> standardised, (B, 3, img_size, img_size)."""
-        return (self.resize(images) - self.mean.view(3, self.img_size, -1)) / self.scale.view(3, self.img_size, -1)
-
-    def fit(self, frames, seed=0, steps=1500, batch_size=16, momentum=0.998):
-        """frames (S, H, W, 3) uint8, every `clip_frames` in a row a clip. UserError if the tokens collapse."""
-        device, T = self.mean.device, self.clip_frames
-        sample = frames[:: max(1, len(frames) // 4000)]
-        self.standardise(see_all(self.resize, sample, device).flatten(1))
-        encoder = copy.deepcopy(self.vit).requires_grad_(True)
-        predictor = MaskedPredictor(self.grid, self.dim, self.dim, depth=2, heads=2).to(device)
-
-        def loss():
-            follow(self.vit, encoder, momentum)
-            first = T * torch.randint(len(frames) // T, (batch_size,)).sort().values
-            rows = (first[:, None] + torch.arange(T)).flatten().numpy()
-            clips = self.see(to_tensor(frames[rows], device)).unflatten(0, (-1, T))  # (B, T, 3, s, s)
-            with torch.no_grad():
-                h = F.layer_norm(self.vit(clips), (self.dim,))  # (B, L, d)
-            error = 0.0
-            for mask in self.MASKS:
-                context, target = (index.to(device) for index in block_masks(batch_size, self.grid, *mask))
-                z = predictor(encoder(clips, context), context, target)  # (B, M, d)
-                error = error + F.l1_loss(z, h.take_along_dim(target[..., None], 1)) / len(self.MASKS)
-            return {"loss": error, "std": (h - h.mean(0)).std()}
-
-        fit(nn.ModuleList([encoder, predictor]), loss, steps, 1e-3, seed, "train V-JEPA")
-        self.freeze()
-        std, rank = collapse_measures(see_all(self, sample, device))
-        print(f"{self.name}: standard deviation {std:.2f} over the frames, effective rank {rank:.1f} of {self.dim}")
-        if std < 0.05 or rank < 2:
-            raise UserError(
-                f"{self.name} has collapsed: its tokens hardly depend on the frame (standard deviation {std:.3f}, "
-                f"effective rank {rank:.1f}): try another --seed, or frames in which more moves"
-            )
-        return self
-
-    @torch.no_grad()
-    def forward(self, images):
-        clips = self.see(images)[:, None].expand(-1, 2, -1, -1, -1)  # (B, 2, 3, s, s)
-        return F.layer_norm(self.vit(clips), (self.dim,))  # (B, N, d)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -677,173 +546,6 @@ class FusionDecoder(nn.Module):
             picture = picture + to_rgb(x)
             pictures.append(picture)
         return pictures
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Weights: found, renamed to the names of the model that we run, and loaded whole or not at all
-
-
-def load_weights(model, weights, repository, names):
-    """Loads `weights` (a file, a folder, a Hugging Face repository; None for `repository`) into `model`."""
-    if weights == "random":
-        return
-    if weights is None and repository is None:
-        raise UserError("R3M's weights are on no hub: get model.pt as its README says, and give --weights PATH")
-    files = weight_files(weights or repository)
-    load_state(model, {k: v for file in files for k, v in read_tensors(file).items()}, names, files[0])
-
-
-def load_state(model, state, names, source):
-    """Loads a dictionary of tensors from the file `source`, its keys renamed by `names`, into `model`, whole or not at
-    all."""
-    own = model.state_dict()
-    try:
-        state = names(state)
-        if "pos_embed" in own and "pos_embed" in state:
-            state["pos_embed"] = resample_positions(state["pos_embed"], own["pos_embed"].shape[1])
-    except (AttributeError, TypeError, ValueError, RuntimeError):
-        raise UserError(f"{source} does not hold the weights of a {type(model).__name__}") from None
-    shapes = {k for k in own.keys() & state.keys() if own[k].shape != getattr(state[k], "shape", None)}
-    kinds = {"missing": own.keys() - state.keys(), "unknown": state.keys() - own.keys(), "of another shape": shapes}
-    if problems := [f"{len(keys)} {kind}, e.g. {min(keys)}" for kind, keys in kinds.items() if keys]:
-        raise UserError(f"{source} is a checkpoint of another architecture: keys {'; '.join(problems)}")
-    model.load_state_dict(state)
-
-
-def weight_files(source):
-    """The local files of `source`: itself, what a folder holds, or a Hugging Face repository's."""
-    path = Path(source)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        whole, shards = path / "model.safetensors", sorted(path.glob("model-*.safetensors"))
-        if whole.is_file() or shards:
-            return [whole] if whole.is_file() else shards
-        raise UserError(f"no model.safetensors in the folder {path}")
-    if re.fullmatch(r"[\w-]+/[\w.-]+", str(source)) and path.suffix not in (".pth", ".pt", ".safetensors"):
-        return [Path(download(str(source)))]
-    raise UserError(f"no weights at {path}: --weights takes a file, a folder, a Hugging Face repository, or 'random'")
-
-
-def download(repository):
-    """The local path of a Hugging Face repository's model.safetensors, from the cache or the network."""
-    import huggingface_hub as hub
-
-    filename = "model.safetensors"
-    try:
-        return hub.hf_hub_download(repository, filename, local_files_only=True)
-    except hub.errors.LocalEntryNotFoundError:
-        pass
-    url, help = hub.hf_hub_url(repository, filename), "download it elsewhere and give --weights PATH"
-    try:
-        headers = hub.utils.build_hf_headers()
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD", headers=headers), timeout=10)
-        return hub.hf_hub_download(repository, filename)
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            raise UserError(
-                f"{repository} is gated (accept its licence there and log in), private, or not there: or {help}"
-            ) from None
-        raise UserError(f"{repository} answers {error.code} for {filename}: {help}") from None
-    except OSError as error:
-        if error.errno in data.DISK_ERRORS:
-            raise
-        raise UserError(f"the weights {repository}/{filename} are not here, and no network: {help}") from None
-
-
-def read_tensors(path):
-    """The dictionary in a .safetensors, .pth or .pt file; never executes a pickle."""
-    if path.suffix != ".safetensors":
-        return load_tensors(path)
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except Exception:  # the library raises whatever it likes on a damaged file
-        raise UserError(f"{path} is damaged, or no file of safetensors") from None
-
-
-def resample_positions(positions, length):
-    """DINOv2's position embeddings (1, 1 + M^2, d) for a grid of another size, (1, length, d), as its released code
-    does it (`interpolate_pos_encoding`): bicubic, without antialias, and with the 0.1 its weights were tested with."""
-    old, new = math.isqrt(positions.shape[1] - 1), math.isqrt(length - 1)
-    if positions.shape[1] == length or old**2 + 1 != positions.shape[1]:
-        return positions
-    grid = positions[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, d, M, M)
-    grid = F.interpolate(grid.float(), scale_factor=(new + 0.1) / old, mode="bicubic")
-    return torch.cat([positions[:, :1], grid.flatten(2).mT], dim=1)
-
-
-def rename(state, rules, drop="(?!)"):
-    """The keys renamed by regular expressions, one after the other, without those in which `drop` is found."""
-    renamed = {}
-    for key, tensor in state.items():
-        if not re.search(drop, key):
-            for pattern, new in rules:
-                key = re.sub(pattern, new, key)
-            renamed[key] = tensor
-    return renamed
-
-
-def vit_names(vit, state):
-    """DINOv2's and DINOv3's names -> timm's. Sources: the models in facebookresearch/dinov2 and dinov3, and the
-    conversion scripts convert_dinov2_to_hf.py and convert_dinov3_vit_to_hf.py in huggingface/transformers."""
-    unused = r"mask_token$|^rope_embed\.|\.qkv\.bias_mask$"  # of training; derived from the image size; constant
-    state = rename(state, [
-        (r"^embeddings\.patch_embeddings\.(projection\.)?", "patch_embed.proj."),  # transformers' -> the original
-        (r"^embeddings\.position_embeddings$", "pos_embed"),
-        (r"^embeddings\.register_tokens$", "storage_tokens"),
-        (r"^embeddings\.", ""),
-        (r"^(encoder\.|model\.)?layer\.", "blocks."),
-        (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
-        (r"\.attention\.(attention\.)?(q|k|v)(uery|ey|alue|_proj)\.", r".attn.\2."),
-        (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
-        (r"\.mlp\.up_proj\.", ".mlp.fc1."),
-        (r"\.mlp\.down_proj\.", ".mlp.fc2."),
-        (r"^layernorm\.", "norm."),
-    ], drop=unused)  # fmt: skip
-    dinov3 = "pos_embed" not in state
-    no_bias = not any(key.endswith(("bias", "q_bias")) and ".attn.q" in key for key in state)
-    for attn in (f"blocks.{i}.attn." for i in range(len(vit.blocks))):
-        for kind in ("weight", "bias"):
-            q, k, v = (state.pop(f"{attn}{part}.{kind}", None) for part in "qkv")
-            if dinov3 and kind == "bias" and q is not None:
-                k = torch.zeros_like(q)  # its keys have no bias; the original multiplies one by zeros
-            if all(part is not None for part in (q, k, v)):
-                state[f"{attn}qkv.{kind}"] = torch.cat([q, k, v])
-        if dinov3 and no_bias:  # timm's files lack the biases, which are zeros in those that it has
-            state[f"{attn}qkv.bias"] = torch.zeros(3 * vit.embed_dim)
-        if dinov3 and f"{attn}qkv.bias" in state:
-            state[f"{attn}q_bias"], _, state[f"{attn}v_bias"] = state.pop(f"{attn}qkv.bias").chunk(3)
-    rules = [(r"^storage_tokens$", "reg_token"), (r"\.ls(\d)\.gamma$", r".gamma_\1")]
-    return rename(state, rules) if dinov3 else state
-
-
-def vjepa2_names(state):
-    """V-JEPA 2's names -> those of the encoder in transformers' VJEPA2Model. Sources: src/hub/backbones.py in
-    facebookresearch/vjepa2, convert_vjepa2_to_hf.py in huggingface/transformers."""
-    if "encoder" in state:  # the original file: {"encoder", "predictor", "opt", "epoch", ...}
-        unused = "pos_embed$"  # there, but positions are rotary
-        state = rename(state["encoder"], [
-            (r"^(module\.)?(backbone\.)?", ""),
-            (r"^patch_embed\.", "embeddings.patch_embeddings."),
-            (r"^blocks\.", "layer."),
-            (r"\.attn\.", ".attention."),
-            (r"^norm\.", "layernorm."),
-        ], drop=unused)  # fmt: skip
-        for key in [k for k in state if ".qkv." in k]:
-            q, k, v = state.pop(key).chunk(3)
-            state |= {key.replace("qkv", name): part for name, part in (("query", q), ("key", k), ("value", v))}
-    return rename(state, [(r"^encoder\.", "")], drop=r"^predictor\.")
-
-
-def resnet_names(state):
-    """torchvision's and R3M's names -> timm's, which are torchvision's. Source: r3m/__init__.py in
-    facebookresearch/r3m, whose files hold {"r3m": the state of a DataParallel with `convnet` and a language head}."""
-    rules = [(r"^module\.", ""), (r"^convnet\.", "")]
-    state = rename(state.get("r3m", state), rules, drop=r"(^|\.)(lang_(enc|rew)|fc)\.")  # fc: ImageNet's classes
-    means = [key for key in state if key.endswith("running_mean")]  # older files lack the counters, which eval ignores
-    return {key.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for key in means} | state
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -39,8 +39,9 @@ from torch import nn
 
 from data import Parser, UserError, per_second, run_script, write_atomic
 from decoders import build_decoder, from_pixels, to_pixels
-from encoders import RotaryBlock, build_encoder, rotary_angles
+from encoders import build_encoder
 from vae_mdnrnn import load_tensors, to_tensor
+from vjepa import RotaryBlock, rotary_angles
 
 # ---------------------------------------------------------------------------------------------------------
 # The transition models. Each offers

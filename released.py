@@ -28,9 +28,9 @@ import torch
 import yaml
 
 from data import Dataset, Parser, UserError, inspect, run_script, write_atomic
-from encoders import load_state, rename, vit_names
 from predictor import WorldModel, build_eyes
 from vae_mdnrnn import load_tensors
+from weights import load_state, rename, vit_names
 
 # ---------------------------------------------------------------------------------------------------------
 # The data set

@@ -15,6 +15,7 @@ import sys
 import time
 import types
 import urllib.error
+import urllib.request
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -40,8 +41,10 @@ import released
 import study
 import train
 import vae_mdnrnn as wm
+import vjepa
 from data import UserError
 from vae_mdnrnn import to_tensor
+from weights import load_weights, resample_positions, resnet_names, vit_names, vjepa2_names
 
 HERE = Path(__file__).parent
 TINY = ["--epochs", "2", "--depth", "1", "--heads", "2", "--mlp-dim", "16"]
@@ -933,7 +936,7 @@ def test_dinov3_in_all_its_formats(images, tmp_path):
 
     def half_loads(path):
         with pytest.raises(UserError, match="1 missing, e.g. blocks.3.attn|2 missing, e.g. blocks.3.attn.q_bias"):
-            encoders.load_weights(released_timm, path, None, partial(encoders.vit_names, released_timm))
+            load_weights(released_timm, path, None, partial(vit_names, released_timm))
 
     model = encoders.DINOV3.format("small")
     released = released_timm = timm.create_model(model.replace("dinov3.", "dinov3_qkvb."), num_classes=0, img_size=224)
@@ -1103,7 +1106,7 @@ def test_rotary_attention_depends_on_relative_positions_alone():
     place, other, move = torch.tensor([2, 1, 3]), torch.tensor([0, 3, 1]), torch.tensor([5, 2, 7])
 
     def score(at, to, **released):
-        turn = lambda x, p: encoders.rotate(x, *encoders.rotary_angles(p, 32, **released))  # noqa: E731
+        turn = lambda x, p: vjepa.rotate(x, *vjepa.rotary_angles(p, 32, **released))  # noqa: E731
         return turn(q, at) @ turn(k, to)
 
     close(score(place, other), score(place + move, other + move))
@@ -1116,7 +1119,7 @@ def test_rotary_attention_depends_on_relative_positions_alone():
 def test_block_masks_hide_boxes_and_what_is_hidden_is_not_seen():
     T, side, _ = grid = (4, 6, 6)
     for blocks, area, duration in [(1, 0.3, 1.0), (1, 0.3, 0.5), (2, 0.7, 0.5), (8, 0.15, 0.5)] * 5:
-        context, target = encoders.block_masks(7, grid, blocks, area, duration)
+        context, target = vjepa.block_masks(7, grid, blocks, area, duration)
         assert context.shape[1] > 0 and context.shape[1] + target.shape[1] <= T * side**2
         for seen, hidden in zip(context.tolist(), target.tolist(), strict=True):
             assert len({*seen, *hidden}) == len(seen) + len(hidden)
@@ -1133,7 +1136,7 @@ def test_block_masks_hide_boxes_and_what_is_hidden_is_not_seen():
 def test_the_context_encoder_never_sees_a_target():
     encoder = encoders.build_encoder("vjepa_tiny")
     clips = torch.rand(2, 8, 3, 64, 64)
-    context, target = encoders.block_masks(2, encoder.grid, 2, 0.3, 0.5)
+    context, target = vjepa.block_masks(2, encoder.grid, 2, 0.3, 0.5)
     before, all_before = encoder.vit(clips, context), encoder.vit(clips)
     for clip, hidden in zip(clips, target, strict=True):
         for place in hidden.tolist():
@@ -1146,7 +1149,7 @@ def test_the_context_encoder_never_sees_a_target():
 
 
 def test_the_masked_predictor_knows_places_not_order():
-    predictor = encoders.MaskedPredictor((4, 4, 4), 64, 48, depth=2, heads=2).eval()
+    predictor = vjepa.MaskedPredictor((4, 4, 4), 64, 48, depth=2, heads=2).eval()
     predictor.mask_token.data.normal_()
     tokens, context, target = torch.randn(2, 9, 64), torch.arange(9).repeat(2, 1), torch.tensor([[20, 31, 47]] * 2)
     predicted = predictor(tokens, context, target)
@@ -1158,7 +1161,7 @@ def test_the_masked_predictor_knows_places_not_order():
 def test_the_target_encoder_follows_and_learns_nothing_by_itself(frames):
     average, model = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
     expected = 0.9 * average.weight + 0.1 * model.weight
-    encoders.follow(average, model, 0.9)
+    vjepa.follow(average, model, 0.9)
     close(average.weight, expected)
     results = {}
     for name, momentum in {"held": 1.0, "follows": 0.5, "again": 0.5}.items():
@@ -1249,14 +1252,14 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
         if content is not None:
             torch.save(content, tmp_path / "x.pth")
         with pytest.raises(UserError, match=match) as error:
-            encoders.load_weights(model, weights, "timm/x", rename or partial(encoders.vit_names, vit))
+            load_weights(model, weights, "timm/x", rename or partial(vit_names, vit))
         assert "\n" not in str(error.value)
 
     state = vit.state_dict()
     refused("another architecture: keys .* missing, .* unknown", net.state_dict())
-    refused("another architecture", state, net, encoders.resnet_names)
-    refused("another architecture", state, net, encoders.vjepa2_names)
-    refused("does not hold the weights", {"encoder": torch.zeros(3)}, net, encoders.vjepa2_names)
+    refused("another architecture", state, net, resnet_names)
+    refused("another architecture", state, net, vjepa2_names)
+    refused("does not hold the weights", {"encoder": torch.zeros(3)}, net, vjepa2_names)
     refused(
         "1 missing, e.g. blocks.3.attn.qkv.weight$", {k: v for k, v in state.items() if k != "blocks.3.attn.qkv.weight"}
     )
@@ -1297,7 +1300,7 @@ def test_weights_out_of_reach(code, match, monkeypatch, tmp_path):
         raise OSError("no route") if code is None else urllib.error.HTTPError("", code, "", {}, io.BytesIO())
 
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(encoders.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     refused(f"timm/vit_small_patch14_dinov2.lvd142m.*{match}", "dinov2")
     refused(f"someone/dinov3.*{match}", "dinov3", weights="someone/dinov3")
     refused(f"facebook/vjepa2-vitt-fpc64-256.*{match}", "vjepa2-tiny")
@@ -1312,7 +1315,7 @@ def test_a_hugging_face_repository_is_a_value_of_weights(monkeypatch, tmp_path):
         asked.append(repository)
         return tmp_path / "model.safetensors"
 
-    monkeypatch.setattr(encoders, "download", download)
+    monkeypatch.setattr("weights.download", download)
     assert torch.equal(encoders.build_encoder("dinov2").vit.norm.bias, state["norm.bias"])
     encoders.build_encoder("dino_tok", weights="me/mine")
     assert asked == ["timm/vit_small_patch14_dinov2.lvd142m", "me/mine"]
@@ -1704,7 +1707,7 @@ def test_rotary_positions_by_hand():
     side, head_dim = 2, 14  # sections of 4 for frame, row and column; 2 numbers are left alone
     cos, sin = predictor.rotary_tables(num_frames=3, side=side, head_dim=head_dim)
     x = torch.randn(18, head_dim)
-    out = encoders.rotate(x, cos, sin)
+    out = vjepa.rotate(x, cos, sin)
     for token in range(18):
         frame, place = divmod(token, 6)
         row, col = divmod(max(place - 2, 0), side)
@@ -2765,7 +2768,7 @@ def test_a_released_encoder_that_was_trained_comes_over(released_run):
     content["encoder"] = as_modules({f"base_model.{k}": v for k, v in eyes.state_dict().items()})
     save_as_released(content, run / "checkpoints" / "model_latest.pth")
     model = released.load_model(run)
-    resampled = encoders.resample_positions(eyes.pos_embed, 5)
+    resampled = resample_positions(eyes.pos_embed, 5)
     torch.testing.assert_close(model.encoder.vit.pos_embed, resampled, rtol=0, atol=0)
     torch.testing.assert_close(model.encoder.vit.blocks[3].attn.qkv.weight, eyes.blocks[3].attn.qkv.weight)
 
