@@ -288,7 +288,8 @@ def main():
     write_atomic(root / "args.json", lambda path: path.write_text(json.dumps(fixed, indent=1)))
 
     left = [job for job in jobs if not (run_path(args, *job) / "study.json").exists()]
-    left.sort(key=lambda job: job[2])  # a seed of everything, then the next
+    # A seed of everything, then the next; the encoder that is named first comes last: a short run to end with.
+    left.sort(key=lambda job: (job[2], -args.encoder.index(job[1])))
     with Workers(min(args.workers, max(1, len(left)))) as pool:
         for job in tqdm(pool.map(functools.partial(run_quietly, args), left, 1), "study", len(left), unit="run"):
             tqdm.write("done: " + " ".join(map(str, job)))

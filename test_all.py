@@ -406,6 +406,12 @@ def test_gradient_descent_by_hand():
     assert not after.requires_grad and not start.requires_grad
 
 
+def test_v_decodes_its_one_pixel_as_a_transposed_convolution_does():
+    layer, x = wm.VAE(4).decoder[2], torch.randn(3, 1024, 1, 1)
+    expected = F.conv_transpose2d(x, layer.weight, layer.bias, stride=2)
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
+
+
 def test_mpc_starts_new_steps_where_it_is_told():
     means = []
     cem.mpc(
