@@ -406,12 +406,6 @@ def test_gradient_descent_by_hand():
     assert not after.requires_grad and not start.requires_grad
 
 
-def test_v_decodes_its_one_pixel_as_a_transposed_convolution_does():
-    layer, x = wm.VAE(4).decoder[2], torch.randn(3, 1024, 1, 1)
-    expected = F.conv_transpose2d(x, layer.weight, layer.bias, stride=2)
-    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
-
-
 def test_mpc_starts_new_steps_where_it_is_told():
     means = []
     cem.mpc(
@@ -434,6 +428,12 @@ def test_vae_has_the_papers_number_of_parameters(z_dim, count):
     assert number_of_parameters(vae) == count
     recon, mu, logvar = vae(torch.rand(2, 3, 64, 64))
     assert recon.shape == (2, 3, 64, 64) and mu.shape == logvar.shape == (2, z_dim)
+
+
+def test_v_decodes_its_one_pixel_as_a_transposed_convolution_does():
+    layer, x = wm.VAE(4).decoder[2], torch.randn(3, 1024, 1, 1)
+    expected = F.conv_transpose2d(x, layer.weight, layer.bias, stride=2)
+    torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_m_and_c_have_the_papers_number_of_parameters():
