@@ -10,7 +10,7 @@ and in a world that looks otherwise than the one trained on. What is measured, f
     drift         error of the latent imagined h steps ahead, over its variance         (plan.py: horizon_error)
     probe         R^2 of (x, y, vx, vy), read off the tokens of one frame by ridge regression
 
-    python study.py                                          # the laptop set: no download, 1.5 hours on two cores
+    python study.py                                          # the laptop set: no download, 75 minutes on two cores
     python study.py --encoder dinov2,dinov2@random,r3m@r3m.pth --steps 20000 --n-evals 50    # ENCODER@WEIGHTS; a GPU
 
 Writes runs/NAME/: a run for each (maze, encoder, seed) as train.py does, with its measurements in study.json; and of
@@ -236,14 +236,14 @@ def draw(args, results, path):
     axes = iter(axes.flat)
     for env, ax in zip(args.env, axes, strict=False):
         k = np.arange(1, args.max_iter + 1)
-        for encoder in args.encoder:
+        for i, encoder in enumerate(args.encoder):
             mean, half = interval([run["success"] for run in results[env, encoder]])
-            ax.errorbar(k, mean, half, marker="o", ms=3, capsize=2, label=encoder)
+            ax.errorbar(k + 0.03 * (i - len(args.encoder) / 2), mean, half, marker="o", ms=3, capsize=2, label=encoder)
         for control, style in (("oracle", "--"), ("random", ":")):
             mean, _ = interval([run["controls"][control] for run in results[env, args.encoder[0]]])
             ax.plot(k, mean, style, color="gray", label=plan.CONTROLS[control])
         ax.set(title=env, xlabel="MPC iterations", ylabel="success", ylim=(0, 1.05), xticks=k)
-    ax.legend(frameon=False, fontsize="small")
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
     if SHIFTED in args.env:
         ax, width = next(axes), 0.8 / len(args.encoder)
         for i, encoder in enumerate(args.encoder):
@@ -257,10 +257,10 @@ def draw(args, results, path):
         for name, style in (("model", "-"), ("copy", ":")):
             mean, half = interval([run["drift"][name] for run in results[args.env[0], encoder]])
             h = np.arange(1, len(mean) + 1)
-            ax.plot(h, mean, style, color=f"C{i}", label=f"{encoder}, copying" if name == "copy" else encoder)
+            ax.plot(h, mean, style, color=f"C{i}")
             ax.fill_between(h, mean - half, mean + half, color=f"C{i}", alpha=0.15, lw=0)
-    ax.set(title=args.env[0], xlabel="model steps imagined", ylabel="latent error / variance", yscale="log")
-    ax.legend(frameon=False, fontsize="small")
+    ax.set(title=f"{args.env[0]} imagined (dotted: copied)", yscale="log")
+    ax.set(xlabel="model steps ahead", ylabel="latent error / variance")
     for ax in axes:
         ax.axis("off")
     figure.savefig(path, dpi=120)
