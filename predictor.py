@@ -31,11 +31,13 @@ All are trained by teacher forcing on H frames plus, with K = `rollout_steps` > 
 
 import io
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from data import Parser, UserError, per_second, run_script, write_atomic
 from decoders import build_decoder, from_pixels, to_pixels
@@ -62,6 +64,9 @@ def frame_causal(num_frames, tokens):
     return frame[:, None] >= frame[None, :]
 
 
+KEPT_SCORES = 2**26  # that a layer's attention keeps on the CPU: with dropout it makes all of them, some four times
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with a pre-norm, (B, L, D) -> (B, L, D)."""
 
@@ -77,7 +82,11 @@ class Attention(nn.Module):
         qkv = self.to_qkv(self.norm(x)).view(B, L, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, dim_head)
         dropout = self.dropout if self.training else 0.0
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        attend = partial(F.scaled_dot_product_attention, attn_mask=mask, dropout_p=dropout)
+        if dropout and q.is_cpu and B * self.heads * L**2 > KEPT_SCORES:  # they are made again for the gradient
+            out = checkpoint(attend, q, k, v, use_reentrant=False)
+        else:
+            out = attend(q, k, v)
         return F.dropout(self.to_out(out.transpose(1, 2).reshape(B, L, -1)), self.dropout, self.training)
 
 

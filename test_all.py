@@ -19,6 +19,7 @@ import urllib.request
 import zipfile
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import imageio.v3 as imageio
 import numpy as np
@@ -1656,6 +1657,18 @@ def test_the_papers_variant_by_hand(tmp_path):
     model.save(tmp_path)
     again = predictor.WorldModel.load(tmp_path)
     assert again.variant == "paper" and again.proprio_dim == 0 and again.decoder.dec.blocks[0].out_channels == 8
+
+
+def test_attention_that_makes_its_scores_again_has_the_same_gradient(monkeypatch):
+    vit = predictor.ViTPredictor(4, 3, 8, depth=2, heads=2, dim_head=4, mlp_dim=8).train()
+    x, gradients = torch.randn(2, 12, 8), []
+    again = mock.Mock(wraps=predictor.checkpoint)
+    monkeypatch.setattr(predictor, "checkpoint", again)
+    for kept in (2**26, 0):
+        monkeypatch.setattr(predictor, "KEPT_SCORES", kept)
+        torch.manual_seed(0)
+        gradients.append(torch.autograd.grad(vit(x).square().sum(), vit.parameters()))
+    assert again.call_count == 2 and all(map(torch.equal, *gradients))  # dropout included
 
 
 def test_rwm_trains_on_samples_and_imagines_means():
