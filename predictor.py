@@ -64,7 +64,9 @@ def frame_causal(num_frames, tokens):
     return frame[:, None] >= frame[None, :]
 
 
-KEPT_SCORES = 2**26  # that a layer's attention keeps on the CPU: with dropout it makes all of them, some four times
+# With dropout, attention on the CPU keeps its scores (B, heads, L, L) for the gradient, some four times over. A layer
+# with more of them than this makes them again instead: a step of 32 windows at the paper's size then takes 13 GB.
+KEPT_SCORES = 2**26
 
 
 class Attention(nn.Module):
@@ -83,7 +85,7 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, dim_head)
         dropout = self.dropout if self.training else 0.0
         attend = partial(F.scaled_dot_product_attention, attn_mask=mask, dropout_p=dropout)
-        if dropout and q.is_cpu and B * self.heads * L**2 > KEPT_SCORES:  # they are made again for the gradient
+        if dropout and q.is_cpu and B * self.heads * L**2 > KEPT_SCORES:
             out = checkpoint(attend, q, k, v, use_reentrant=False)
         else:
             out = attend(q, k, v)
