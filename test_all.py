@@ -437,12 +437,12 @@ def test_v_decodes_its_one_pixel_as_a_transposed_convolution_does():
     torch.testing.assert_close(layer(x), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_m_and_c_have_the_papers_number_of_parameters():
+def test_m_and_c_have_the_papers_number_of_parameters(tmp_path):
     car = wm.MDNRNN(32, 3, 256, mixture="dimension")
     doom = wm.MDNRNN(64, 1, 512, mixture="dimension", heads="done", restart=True)
     assert number_of_parameters(car) - 4 * 256 == 422_368 and number_of_parameters(doom) - 4 * 512 == 1_678_785
     for env, count in {"takecover": 1088, "carracing": 867, "pointmaze": 578}.items():
-        args = wm.parse_args(["all", "--env", env])
+        args = wm.parse_args(["all", "--env", env, "--out", str(tmp_path)])
         assert wm.make_controller(args).num_params == count
 
 
@@ -509,6 +509,50 @@ def test_m_is_causal_and_its_loss_ignores_what_is_not_there():
         torch.testing.assert_close(value, first[name], msg=name)
     z[0, 5] = 9
     assert wm.mdnrnn_loss(rnn, z, a, reward, done, valid, restart)["nll"] > first["nll"]
+
+
+def test_m_predicts_what_follows_the_step_that_it_sees():
+    """h_t, which has seen z_0..t and a_0..t, is for z_{t+1}, reward_t, done_t and a_{t+1}: one step at a time."""
+    rnn = wm.MDNRNN(4, 2, 8, heads="done,reward,action", restart=True)
+    z, a, reward, done = (
+        torch.randn(1, 5, 4),
+        torch.randn(1, 5, 2),
+        torch.randn(1, 5),
+        torch.tensor([[0, 0, 0, 0, 1.0]]),
+    )
+    valid, restart = torch.ones(1, 5, dtype=torch.bool), torch.tensor([[1.0, 0, 0, 0, 0]])
+    losses, state, parts = wm.mdnrnn_loss(rnn, z, a, reward, done, valid, restart), None, []
+    for t in range(5):
+        h, state = rnn(z[:, t : t + 1], a[:, t : t + 1], restart[:, t : t + 1], state)
+        parts.append({
+            "reward": (rnn.heads["reward"](h[0, 0])[0] - reward[0, t]).square(),
+            "done": -[1 - (p := torch.sigmoid(rnn.heads["done"](h[0, 0])[0])), p][int(done[0, t])].log()
+            * [1, wm.DONE_WEIGHT][int(done[0, t])],
+        })  # fmt: skip
+        if t < 4:
+            parts[-1]["nll"] = wm.mdn_nll(*rnn.mixture(h[0, 0]), z[0, t + 1]) / 4
+            parts[-1]["action"] = (rnn.heads["action"](h[0, 0]) - a[0, t + 1]).square().mean()
+    for name in ("nll", "done", "reward", "action"):
+        expected = torch.stack([part[name] for part in parts if name in part]).mean()
+        torch.testing.assert_close(losses[name], expected, msg=name)
+
+
+@pytest.mark.parametrize("cell", [False, True])
+def test_an_agent_acts_before_m_sees_its_action(cell, monkeypatch):
+    """Frame by frame: z = V(o), a = C(z, h), h = M(z, a, h); M is told of the first step alone that it is the first."""
+    vae, rnn, seen = wm.VAE(4).eval(), wm.MDNRNN(4, 1, 8, restart=True).eval(), []
+    monkeypatch.setattr(wm, "sample_z", lambda mu, logvar: mu)
+    controller = wm.Controller(12 + 8 * cell, 1)
+    recorded = lambda params, features: (seen.append(features), controller(params, features))[1]  # noqa: E731
+    params, frames = torch.randn(controller.num_params), np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), "B")
+    agent, state = wm.Agent(vae, rnn, recorded, cell, params), (torch.zeros(1, 1, 8), torch.zeros(1, 1, 8))
+    with torch.inference_mode():
+        for t, frame in enumerate(frames):
+            action = torch.from_numpy(agent(frame))
+            z = vae.encode(wm.to_tensor(frame[None]))[0]
+            expected = torch.cat([z, state[0][0], state[1][0]] if cell else [z, state[0][0]], 1)
+            torch.testing.assert_close(seen[t], expected)
+            _, state = rnn(z[None], action[None, None], torch.tensor([[float(t == 0)]]), state)
 
 
 def test_m_steps_as_it_runs():
@@ -698,8 +742,25 @@ def test_c_in_the_real_environment_and_several_temperatures(wm_run):
         wm_run("test")
 
 
-def test_iterations_build_on_each_other(tmp_path):
+def test_iterations_build_on_each_other(tmp_path, monkeypatch, capsys):
+    means, begun, evolve, fit = [], [], wm.evolve, wm.fit
+
+    def watched_fit(model, *args, **options):
+        begun.append({k: v.clone() for k, v in model.state_dict().items()})
+        return fit(model, *args, **options)
+
+    monkeypatch.setattr(wm, "fit", watched_fit)
+    monkeypatch.setattr(wm, "evolve", lambda scores, mean, *args: (means.append(mean), evolve(scores, mean, *args))[1])
     wm.main(["iterate", "--iterations", "2", *SMALL, "--out", str(tmp_path)])
+    c = wm.load_tensors(tmp_path / "iteration1" / "c_dream_tau1.pt")["params"]
+    assert not means[0].any() and np.array_equal(means[1], c.numpy())
+    for first, model in zip(("vae.pt", "rnn.pt"), begun[2:], strict=True):  # V and M go on
+        for name, value in wm.load_tensors(tmp_path / "iteration1" / first)["model"].items():
+            assert torch.equal(model[name], value), name
+    policies = [json.loads((tmp_path / f"iteration{i}" / "data" / "meta.json").read_text())["policy"] for i in (1, 2)]
+    assert policies == ["hold", "C"]
+    wm.main(["test", "--env", "pointmaze", "--out", str(tmp_path / "iteration2"), "--workers", "2"])  # a run of its own
+    assert "dream_tau1" in capsys.readouterr().out
     first, second = (data.Dataset(tmp_path / f"iteration{i}" / "data") for i in (1, 2))
     assert len(second) == 2 * len(first) == 12 and np.array_equal(second.frames[: len(first.frames)], first.frames)
     assert wm.load_tensors(tmp_path / "iteration2" / "rnn.pt")["config"]["heads"] == "reward,action"
@@ -722,7 +783,8 @@ def test_a_missing_predecessor_is_named(wm_run, step, without, first):
     "words, message", [
         ("train-v --z-dim 5", "z_dim 4"), ("train-m --z-dim 5", "--z-dim 4"), ("train-m --hidden 5", "hidden 8"),
         ("train-v --v-steps 9", "rnn.pt builds on"), ("train-m --m-steps 9", "c_dream_tau1.pt builds on"),
-        ("train-c --tau 0", "temperature"),
+        ("train-c --tau 0", "temperature"), ("train-c --tau 1.2 1.2", "stands twice"),
+        ("iterate --tau 1 2", "one --tau"),
         ("train-c --tau nan", "temperature"), ("train-c --popsize 3", "population"),
         ("test --env takecover", "a run of --env pointmaze"),
     ],
@@ -742,12 +804,34 @@ def test_a_run_of_another_environment_or_half_a_file_is_refused(wm_run):
     (wm_run.path / "rnn.pt").write_bytes((wm_run.path / "rnn.pt").read_bytes()[:1000])
     with pytest.raises(UserError, match="is damaged, or does not hold a dict"):
         wm_run("train-c")
+    for name, step in {"latents.npz": "train-m", "args.json": "test"}.items():
+        (wm_run.path / name).write_bytes((wm_run.path / name).read_bytes()[:100])
+        with pytest.raises(UserError, match=f"{name} is damaged: remove it"):
+            wm_run(step)
+
+
+@pytest.mark.parametrize("file, step, later", [("vae.pt", "train-v", "train-m"), ("rnn.pt", "train-m", "train-c")])
+def test_what_stopped_halfway_is_not_built_on(wm_run, file, step, later):
+    torch.save({**wm.load_tensors(wm_run.path / file), "step": 3}, wm_run.path / file)
+    with pytest.raises(UserError, match=f"stopped after 3 of . steps: go on with python vae_mdnrnn.py {step}"):
+        wm_run(later)
 
 
 def test_overwrite_begins_anew_from_that_step(wm_run):
     wm_run("train-m", "--overwrite", "--m-steps", 2, "--hidden", 5)
     assert wm.load_tensors(wm_run.path / "rnn.pt")["config"]["hidden"] == 5 and not list(wm_run.path.glob("c_*"))
     assert json.loads((wm_run.path / "args.json").read_text())["hidden"] == 5  # the run keeps its flags
+    with pytest.raises(UserError, match="--z-dim 4"):
+        wm_run("train-m", "--z-dim", 9)
+    assert json.loads((wm_run.path / "args.json").read_text())["z_dim"] == 4  # but not those that do not fit
+
+
+def test_overwriting_one_c_leaves_the_others(wm_run):
+    before = (wm_run.path / "c_dream_tau1.pt").read_bytes()
+    wm_run("train-c", "--tau", 1.3, "--generations", 1)
+    wm_run("train-c", "--tau", 1.3, "--generations", 2, "--overwrite")
+    assert len(wm.load_tensors(wm_run.path / "c_dream_tau1.3.pt")["fitness"]) == 2
+    assert (wm_run.path / "c_dream_tau1.pt").read_bytes() == before and not (wm_run.path / "test.json").exists()
 
 
 def test_a_run_keeps_its_flags_and_what_another_step_wrote(wm_run, tmp_path, monkeypatch):
@@ -765,8 +849,8 @@ def test_a_run_keeps_its_flags_and_what_another_step_wrote(wm_run, tmp_path, mon
     assert not (wm_run.path / "iteration1").exists() and (wm_run.path / "rnn.pt").exists()
 
 
-def test_bench_ends(capsys):
-    wm.bench(wm.parse_args(["bench", "--hidden", "8", "--device", "cpu"]), seconds=0.01)
+def test_bench_ends(capsys, tmp_path):
+    wm.bench(wm.parse_args(["bench", "--out", str(tmp_path), "--hidden", "8", "--device", "cpu"]), seconds=0.01)
     assert capsys.readouterr().out.count("dream steps/s") == 3
 
 
@@ -793,6 +877,7 @@ def test_takecover_moves_left_and_right():
         walls.append(obs["visual"][25:40].mean((0, 2)))  # brightness by column
     env.close()
     assert np.abs(walls[0] - walls[1]).sum() > 50 and np.abs(walls[2] - walls[1]).sum() > 50
+    assert np.abs(walls[0] - walls[2]).sum() > 50
 
 
 @pytest.mark.parametrize("name, module", [("takecover", "vizdoom.gymnasium_wrapper"), ("carracing", "Box2D")])

@@ -4,8 +4,8 @@
     M  an LSTM with a mixture density   P(z_{t+1} | a_t, z_t, h_t) = sum_k pi_k N(mu_k, sigma_k^2)
     C  one linear layer                 a_t = W_c [z_t h_t] + b_c, evolved by CMA-ES
 
-V and M learn without rewards from what a random policy saw. C is then evolved in the real environment (CarRacing,
-section 3), or inside M alone, in a dream that never renders a frame (TakeCover, section 4).
+V and M learn from what a random policy saw. C is then evolved in the real environment (CarRacing, section 3), or inside
+M alone, in a dream that never renders a frame (TakeCover, section 4).
 What the paper leaves open is as in its code (github.com/hardmaru/WorldModelsExperiments), unless a docstring says
 otherwise.
 
@@ -33,6 +33,7 @@ import math
 import os
 import shutil
 import time
+import zipfile
 from pathlib import Path
 
 import cma
@@ -53,12 +54,13 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 # The paper's sizes (appendix A). The budgets of takecover are for an hour on two CPU cores; the others are not tuned.
-# heads: what M predicts besides the next z. cell: C sees the LSTM's cell state, too. restart: M is told when an
-# episode begins. squash: how C's outputs become actions.
+# heads: what M predicts besides the next z (the reward, unlike the paper's M of CarRacing, so that it can be dreamt).
+# cell: C sees the LSTM's cell state, too. restart: M is told when an episode begins. squash: how C's outputs become
+# actions.
 RECIPES = {
     "takecover": dict(
         action_dim=1, z_dim=64, hidden=512, cell=True, bias=False, restart=True, heads="done", squash="tanh",
-        policy="hold", max_steps=2100, episodes=800, v_steps=5000, m_steps=4000, where="dream", tau=[1.15],
+        policy="hold", max_steps=2100, episodes=2400, v_steps=5000, m_steps=6000, where="dream", tau=[1.15],
         beta=0.1, popsize=64, trials=8, generations=25, score_trials=100,
     ),
     "carracing": dict(
@@ -176,13 +178,8 @@ def train_vae(vae, frames, steps, batch_size=32, lr=1e-3, beta=1.0, kl_tolerance
     return fit(vae, loss, steps, lr, seed, "train V", checkpoint, {"z_dim": vae.z_dim})
 
 
-def available_device(text):
-    """An `argparse` type: the name of a device that torch can use here."""
-    try:
-        torch.zeros(1, device=text)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise argparse.ArgumentTypeError(f"torch cannot use the device '{text}' here") from None
-    return text
+# ---------------------------------------------------------------------------------------------------------
+# How V and M are trained, kept and read again
 
 
 def load_tensors(path, device="cpu", kind=dict, **options):
@@ -199,6 +196,15 @@ def load_tensors(path, device="cpu", kind=dict, **options):
     return content
 
 
+def restore(model, saved, path):
+    """`saved` is what `fit` wrote to `path`."""
+    try:
+        model.load_state_dict(saved["model"])
+    except (RuntimeError, KeyError):
+        sizes = ", ".join(f"{k} {v}" for k, v in (saved.get("config") or {}).items())
+        raise UserError(f"{path} is of other sizes ({sizes}): give these, another --out, or --overwrite") from None
+
+
 def fit(model, loss, steps, lr, seed, name, checkpoint=None, config=None, clip=None):
     """`steps` steps of Adam, its learning rate on a cosine, on `loss()["loss"]`, in place.
 
@@ -209,7 +215,7 @@ def fit(model, loss, steps, lr, seed, name, checkpoint=None, config=None, clip=N
     first, log = 0, []
     if checkpoint and checkpoint.exists():
         saved = load_tensors(checkpoint)
-        load_weights(model, saved, checkpoint)
+        restore(model, saved, checkpoint)
         optimizer.load_state_dict(saved["optimizer"])
         first, log = saved["step"], saved["log"]
     model.train()
@@ -326,6 +332,7 @@ def train_mdnrnn(rnn, latents, dataset, steps, batch_size=8, lr=1e-3, seed=0, ch
 
     z is drawn anew from its mu and logvar each time. A batch holds episodes of similar length, so that little of it is
     padding, around one that is drawn at random.
+    Deviations: the paper's code takes 100 parts of 500 or 999 steps at a time, and leaves out the shortest episodes.
     """
     device = rnn.mdn.weight.device
     mu, logvar = latents  # (S, z_dim) each
@@ -448,7 +455,8 @@ def rollout(env, policy, seed, max_steps):
 
 
 class Dream:
-    """Thousands of dreams at once: z_{t+1}, done and reward are drawn from M, and no frame is rendered (section 4.2).
+    """Thousands of dreams at once: z_{t+1} and done are drawn from M, the reward is its mean, and no frame is rendered
+    (section 4.2).
 
     A dream begins at the first z of a real episode, with an empty memory. Without a reward head a step survived is
     worth 1, without a done head a dream lasts `max_steps`.
@@ -553,8 +561,9 @@ def dream_scores(dream, controller, params, seed, trials):
 def evolve(scores, mean, path, popsize, trials, generations, score_trials, sigma0=0.1, seed=0, score_every=5):
     """CMA-ES (appendix A.4) from `mean` (n,), resumable: keeps in `path` the population's mean that scored best.
 
-    scores(params (P, n), seed, trials) -> (P, trials) returns. The seed, and so the dreams or the tracks, is one for a
-    generation and all its candidates, and one for all scores of the mean, a longer look every few generations.
+    scores(params (P, n), seed, trials) -> (P, trials) returns. The seed is one for a generation, so that all its
+    candidates drive on the same tracks (but dream each its own dreams), and one for all scores of the mean, a longer
+    look every few generations.
     CMA-ES is deterministic, so that the fitness values are its checkpoint: a resumed run asks for the same candidates
     and tells it the stored values.
     """
@@ -589,14 +598,6 @@ def evolve(scores, mean, path, popsize, trials, generations, score_trials, sigma
 # The steps. Each reads what the one before wrote into the run's folder, `args.run`
 
 
-def load_weights(model, saved, path):
-    try:
-        model.load_state_dict(saved["model"])
-    except (RuntimeError, KeyError):
-        sizes = ", ".join(f"{k} {v}" for k, v in (saved.get("config") or {}).items())
-        raise UserError(f"{path} is of other sizes ({sizes}): give these, another --out, or --overwrite") from None
-
-
 def need(path, step, args):
     if not path.exists():
         raise UserError(f"no {path}: first run python vae_mdnrnn.py {step} --env {args.env}")
@@ -613,16 +614,29 @@ def dataset_of(args):
 
 def latents_of(args):
     """mu and logvar (S, z_dim) of every frame."""
-    with np.load(need(args.run / "latents.npz", "train-v", args)) as file:
-        return file["mu"], file["logvar"]
+    path = need(args.run / "latents.npz", "train-v", args)
+    try:
+        with np.load(path) as file:
+            return file["mu"], file["logvar"]
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile):
+        raise UserError(f"{path} is damaged: remove it, then python vae_mdnrnn.py train-v --env {args.env}") from None
+
+
+def trained(path, step, args):
+    """What `fit` keeps in `path`, if it has run to its end."""
+    saved = load_tensors(need(path, step, args))
+    if saved["step"] < (steps := getattr(args, step.replace("train-", "") + "_steps")):
+        command = f"python vae_mdnrnn.py {step} --env {args.env}"
+        raise UserError(f"{path} stopped after {saved['step']} of {steps} steps: go on with {command}")
+    return saved
 
 
 def load_models(args):
     """V, M and C's form, as saved; sizes that do not fit each other or the flags are the user's to put right."""
-    v_path, m_path = need(args.run / "vae.pt", "train-v", args), need(args.run / "rnn.pt", "train-m", args)
+    v_path, m_path = args.run / "vae.pt", args.run / "rnn.pt"
     vae, rnn = VAE(args.z_dim), make_rnn(args)
-    load_weights(vae, load_tensors(v_path), v_path)
-    load_weights(rnn, load_tensors(m_path), m_path)
+    restore(vae, trained(v_path, "train-v", args), v_path)
+    restore(rnn, trained(m_path, "train-m", args), m_path)
     return vae.eval().requires_grad_(False), rnn.eval().requires_grad_(False), make_controller(args)
 
 
@@ -691,11 +705,12 @@ def collect(args):
         spans, count = zip(old.episode_starts, old.episode_ends, strict=True), len(old)
         earlier = ({name: getattr(old, name)[s:e] for name in old.ARRAYS} for s, e in spans)
     jobs = [(who, args.seed * 1_000_003 + i, True) for i in range(args.episodes)]
-    meta = dict(env=args.env, seed=args.seed, policy=args.policy, img_size=64, frameskip=1)
+    policy = "C" if args.previous else args.policy
+    meta = dict(env=args.env, seed=args.seed, policy=policy, img_size=64, frameskip=1)
     with workers(actor) as pool:
         episodes = itertools.chain(earlier, pool.map(_episode, jobs))
         dataset = data.write_dataset(out, episodes, count + args.episodes, meta)
-    returns = np.add.reduceat(dataset.rewards, dataset.episode_starts)
+    returns = np.add.reduceat(dataset.rewards, dataset.episode_starts)[count:]  # of those that are new
     print(f"{len(dataset)} episodes, {len(dataset.frames)} frames, return {returns.mean():.1f} ± {returns.std():.1f}")
 
 
@@ -712,7 +727,7 @@ def begin(model, path, args, steps, later):
     if path.exists() and built and (done := load_tensors(path)["step"]) < steps:
         raise UserError(f"{built[0]} builds on {path} as it is after {done} of {steps} steps: first remove {built[0]}")
     if args.previous and not path.exists():
-        load_weights(model, load_tensors(args.previous.run / path.name), args.previous.run / path.name)
+        restore(model, load_tensors(args.previous.run / path.name), args.previous.run / path.name)
     return model.to(args.device)
 
 
@@ -736,6 +751,7 @@ def train_v(args):
 def train_m(args):
     """3. M on the latents."""
     dataset, latents, checkpoint = dataset_of(args), latents_of(args), args.run / "rnn.pt"
+    trained(args.run / "vae.pt", "train-v", args)
     if latents[0].shape != (len(dataset.frames), args.z_dim):
         raise UserError(
             f"V's latents are {latents[0].shape}, and not (frames, z) = ({len(dataset.frames)}, {args.z_dim}): "
@@ -748,7 +764,7 @@ def train_m(args):
 
 def train_c(args):
     """4. C by CMA-ES, in the dream (M alone, one C for each --tau) or in the real environment."""
-    vae, rnn, controller = load_models(args)
+    _, rnn, controller = load_models(args)
     # in iterative training C goes on from the iteration before
     mean = last_params(args.previous) if args.previous else np.zeros(controller.num_params)
 
@@ -767,7 +783,7 @@ def train_c(args):
 
 
 def real_scores(pool, params, seed, trials):
-    """As `dream_scores`, in the real environment: the same `trials` tracks for every row of params (P, n)."""
+    """As `dream_scores`, in the real environment, and on the same `trials` tracks for every row of params (P, n)."""
     jobs = [(p, seed + i, False) for p in params for i in range(trials)]
     return np.array(list(pool.map(_episode, jobs, chunksize=1))).reshape(len(params), trials)
 
@@ -776,10 +792,10 @@ def test(args):
     """5. Every trained C and a random policy: return over --test-episodes real episodes, and as many dreams."""
     vae, rnn, controller = load_models(args)
     paths = {path.stem.removeprefix("c_"): path for path in sorted(args.run.glob("c_*.pt"))} or controllers(args)
-    trained = {name: load_params(path, args).numpy() for name, path in paths.items()}
+    found = {name: load_params(path, args).numpy() for name, path in paths.items()}
     results = {}
     with workers(args) as pool:
-        for name, params in {"random": "uniform", **trained}.items():
+        for name, params in {"random": "uniform", **found}.items():
             jobs = [(params, 777_000_000 + args.seed * 1_000 + i, False) for i in range(args.test_episodes)]
             results[name] = {"real": list(tqdm(pool.map(_episode, jobs, 1), f"test {name}", len(jobs)))}
             if name.startswith("dream"):
@@ -792,22 +808,26 @@ def test(args):
     for name, result in results.items():
         dream, real = (f"{np.mean(r):.0f} ± {np.std(r):.0f}" if r else "-" for r in map(result.get, ("dream", "real")))
         print(f"{name:16} {dream:>14} {real:>14}")
-    draw_dream(args, vae, rnn, controller, trained)
+    draw_dream(args, vae, rnn, controller, found)
     return results
 
 
 def iterate(args):
-    """Section 5: roll out, train M on what happens next (z, reward, done, and the action), train C in M; again.
+    """Section 5: roll out, train M on what comes next (z, reward, the action; done where the recipe has it), train C in
+    M; again.
 
     Each iteration is a run of its own, with all data so far; V, M and C go on from where the one before left them.
     Deviation: V is trained on, too, for later iterations see what the first did not.
     """
+    if len(args.tau) > 1:
+        raise UserError(f"iterate trains one C at a time: give one --tau, not {len(args.tau)}")
     table, previous = [], None
     heads = ",".join(dict.fromkeys([*args.heads.split(","), "reward", "action"]))
     for i in range(args.iterations):
         print(f"iteration {i + 1} of {args.iterations}")
-        own = dict(run=args.run / f"iteration{i + 1}", seed=args.seed + i, where="dream", tau=args.tau[:1], heads=heads)
+        own = dict(run=args.run / f"iteration{i + 1}", seed=args.seed + i, where="dream", heads=heads)
         previous = argparse.Namespace(**vars(args) | own | {"previous": previous})
+        keep_flags(previous)
         results = all_steps(previous)
         (name,) = controllers(previous)
         returns = {**results[name], "random": results["random"]["real"]}
@@ -900,6 +920,15 @@ FILES = {"collect": "data", "train-v": "vae.* latents.npz reconstructions.png", 
 NOT_KEPT = ("step", "out", "run", "previous", "device", "workers", "overwrite")
 
 
+def available_device(text):
+    """An `argparse` type: the name of a device that torch can use here."""
+    try:
+        torch.zeros(1, device=text)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise argparse.ArgumentTypeError(f"torch cannot use the device '{text}' here") from None
+    return text
+
+
 def build_parser():
     parser = data.Parser(description=__doc__)
     add = parser.add_argument
@@ -908,7 +937,7 @@ def build_parser():
     add("--out", type=Path, help="the run's folder (default: runs/worldmodels_ENV)")
     add("--seed", type=data.natural, default=0, help="the same seed gives the same run")
     default = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", type=available_device, default=default, help="for V, M and the dream")
+    add("--device", type=available_device, default=default, help="for training, and for the dreams of train-c")
     add("--workers", type=data.positive, default=os.cpu_count(), help="processes with a real environment")
     add("--overwrite", action="store_true", help="begin this step, and what builds on it, anew")
     add("--max-steps", type=data.positive, help="an episode's length at most, real or dreamt")
@@ -950,7 +979,10 @@ def parse_args(argv=None):
     first.add_argument("--out", type=Path)
     given, _ = first.parse_known_args(argv)
     run = given.out or Path(f"runs/worldmodels_{given.env or 'takecover'}")
-    kept = json.loads((run / "args.json").read_text()) if (run / "args.json").exists() else {}
+    try:
+        kept = json.loads((run / "args.json").read_text()) if (run / "args.json").exists() else {}
+    except ValueError:
+        raise UserError(f"{run / 'args.json'} is damaged: remove it, and give the run's flags again") from None
     env = given.env or kept.get("env", "takecover")
     if kept.get("env", env) != env:
         raise UserError(f"{run} is a run of --env {kept['env']}: give another --out than for {env}")
@@ -960,6 +992,8 @@ def parse_args(argv=None):
     args.run, args.previous = run, None
     if not all(tau > 0 for tau in args.tau):
         raise UserError(f"the temperature must be above 0, not {min(args.tau):g}: try --tau 1.15")
+    if len({f"{tau:g}" for tau in args.tau}) < len(args.tau):
+        raise UserError("a temperature stands twice in --tau")
     if args.popsize < 4:
         raise UserError(f"CMA-ES needs a population of at least 4, not {args.popsize}: give a larger --popsize")
     for name in ("v_lr", "m_lr", "sigma0"):
@@ -977,13 +1011,20 @@ def main(argv=None):
     if args.overwrite:  # away with what this step and those after it wrote
         names = list(FILES)
         later = names[names.index(args.step) if args.step in names else 0 :] if args.step != "iterate" else []
-        for pattern in " ".join(FILES[step] for step in later).split() or ["iteration*"]:
-            for path in args.run.glob(pattern):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    if not (args.run / "args.json").exists():
-        keep_flags(args)  # a first step that is killed has them, too
-    STEPS[args.step](args)
-    keep_flags(args)
+        patterns = " ".join(FILES[step] for step in later).split() or ["iteration*"]
+        if args.step == "train-c":  # another C, of another temperature, does not build on this one
+            patterns[:1] = [f"{path.stem}.*" for path in controllers(args).values()]
+        for path in itertools.chain(*map(args.run.glob, patterns)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    before = kept.read_bytes() if (kept := args.run / "args.json").exists() else None
+    if args.step != "test" or not before:
+        keep_flags(args)  # now, so that a step that is killed goes on with them
+    try:
+        STEPS[args.step](args)
+    except UserError:
+        if before:  # flags that do not fit are not kept
+            data.write_atomic(kept, lambda path: path.write_bytes(before))
+        raise
 
 
 def keep_flags(args):
