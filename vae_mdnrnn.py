@@ -60,7 +60,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 RECIPES = {
     "takecover": dict(
         action_dim=1, z_dim=64, hidden=512, cell=True, bias=False, restart=True, heads="done", squash="tanh",
-        policy="hold", max_steps=2100, episodes=2400, v_steps=5000, m_steps=6000, where="dream", tau=[1.15],
+        policy="hold", max_steps=2100, episodes=2400, v_steps=5000, m_steps=6000, where="dream", tau=[3.0],
         beta=0.1, popsize=64, trials=8, generations=25, score_trials=100,
     ),
     "carracing": dict(
