@@ -411,9 +411,30 @@ class CarRacing(Screen):
     def __init__(self, img_size=64):
         try:
             import Box2D  # noqa: F401  (without it Gymnasium's own message is a page long)
+            from gymnasium.envs.box2d import car_racing
         except ImportError:
             raise UserError("carracing needs Box2D: pip install 'gymnasium[box2d]'") from None
         super().__init__(gym.make("CarRacing-v3", max_episode_steps=1000), img_size, 84 / 96)  # as in the paper's code
+        self.gymnasium, self.road, self.env.unwrapped._render_road = car_racing, None, self.draw_road
+
+    def draw_road(self, zoom, translation, angle):
+        """Field, grass and road as Gymnasium draws them, to the pixel, but turned all at once, and only those on the
+        screen: twice as fast in all, for it turns some 700 polygons one by one."""
+        env, made = self.env.unwrapped, self.gymnasium
+        if self.road is not env.road_poly:  # a new track
+            self.road = env.road_poly
+            square = np.array([[1, 0], [0, 0], [0, 1], [1, 1]])
+            field = made.PLAYFIELD * (2 * square - 1)
+            grass = made.GRASS_DIM * (np.mgrid[-20:20:2, -20:20:2].reshape(2, -1).T[:, None] + square)  # (400, 4, 2)
+            self.corners = np.concatenate([field[None], grass, [polygon for polygon, _ in self.road]])
+            self.colours = [env.bg_color, *[env.grass_color] * len(grass), *(colour for _, colour in self.road)]
+        (x, y), cos, sin = np.moveaxis(self.corners, -1, 0), np.cos(angle), np.sin(angle)
+        pixels = np.stack([x * cos - y * sin, x * sin + y * cos], -1) * zoom + translation  # (N, 4, 2)
+        seen = (pixels.max(1) >= -1) & (pixels.min(1) <= [made.WINDOW_W + 1, made.WINDOW_H + 1])
+        for i in seen.all(1).nonzero()[0]:
+            corners, colour = pixels[i].tolist(), [int(c) for c in self.colours[i]]
+            made.gfxdraw.aapolygon(env.surf, corners, colour)
+            made.gfxdraw.filled_polygon(env.surf, corners, colour)
 
     @property
     def state(self):

@@ -868,6 +868,17 @@ def test_the_papers_environments_repeat_with_their_seed(name, low):
     assert np.array_equal(one["frames"], two["frames"]) and np.array_equal(one["rewards"], two["rewards"])
 
 
+def test_carracing_draws_what_gymnasium_draws():
+    own, original = data.make_env("carracing"), data.make_env("carracing")
+    del original.env.unwrapped._render_road  # and Gymnasium's is back
+    for seed in (0, 1):  # the second track is drawn anew
+        assert np.array_equal(own.reset(seed=seed)[0]["visual"], original.reset(seed=seed)[0]["visual"])
+        for t in range(80):  # the first 50 frames zoom in
+            action = np.array([math.sin(t / 10), 0.5, 0])
+            own.step(action), original.step(action)
+            assert np.array_equal(own.screen, original.screen)
+
+
 def test_takecover_moves_left_and_right():
     env, walls = data.make_env("takecover"), []
     for action in (-1.0, 0.0, 1.0):
