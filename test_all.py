@@ -742,6 +742,25 @@ def test_c_in_the_real_environment_and_several_temperatures(wm_run):
         wm_run("test")
 
 
+def test_what_was_tested_is_not_tested_again(wm_run):
+    path = wm_run.path / "test.json"
+
+    def test_after(content, *flags):
+        path.write_text(content)
+        wm_run("test", *flags)
+        return json.loads(path.read_text())["returns"]
+
+    true = json.loads(path.read_text())
+    marked = json.dumps({**true, "returns": {"random": {"real": [7, 7]}, "dream_tau1": {"real": [8, 8]}}})
+    assert test_after(marked) == json.loads(marked)["returns"]
+    assert test_after("{") == true["returns"]  # damaged
+    assert len(test_after(marked, "--test-episodes", 1)["random"]["real"]) == 1  # another protocol
+    path.write_text(marked)
+    os.utime(wm_run.path / "c_dream_tau1.pt", (time.time() + 9, time.time() + 9))  # another C
+    wm_run("test")
+    assert json.loads(path.read_text())["returns"] == {**true["returns"], "random": {"real": [7, 7]}}
+
+
 def test_iterations_build_on_each_other(tmp_path, monkeypatch, capsys):
     means, begun, evolve, fit = [], [], wm.evolve, wm.fit
 

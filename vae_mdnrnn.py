@@ -20,9 +20,8 @@ otherwise.
     python vae_mdnrnn.py iterate --env pointmaze    # section 5: roll out with C, train M, train C in M; again
     python vae_mdnrnn.py bench                      # dream steps per second
 
-Everything lands in runs/worldmodels_<env>. Training that was killed goes on where it stopped when it is called again,
-and a step that is done stays done, but for the test, unless --overwrite. The run keeps its flags (args.json): give them
-once.
+Everything lands in runs/worldmodels_<env>. A step that was killed goes on where it stopped when it is called again, and
+one that is done stays done, unless --overwrite. The run keeps its flags (args.json), but for test's: give them once.
 """
 
 import argparse
@@ -793,23 +792,38 @@ def test(args):
     vae, rnn, controller = load_models(args)
     paths = {path.stem.removeprefix("c_"): path for path in sorted(args.run.glob("c_*.pt"))} or controllers(args)
     found = {name: load_params(path, args).numpy() for name, path in paths.items()}
-    results = {}
+    path, protocol = args.run / "test.json", {k: getattr(args, k) for k in ("test_episodes", "seed", "max_steps")}
+    results = tested(path, protocol, paths)
     with workers(args) as pool:
         for name, params in {"random": "uniform", **found}.items():
+            if name in results:
+                continue
             jobs = [(params, 777_000_000 + args.seed * 1_000 + i, False) for i in range(args.test_episodes)]
             results[name] = {"real": list(tqdm(pool.map(_episode, jobs, 1), f"test {name}", len(jobs)))}
             if name.startswith("dream"):
                 dream = make_dream(args, rnn, float(name.removeprefix("dream_tau")))
                 returns = dream_scores(dream, controller, params[None], 777_000_000 + args.seed, args.test_episodes)
                 results[name]["dream"] = returns[0].tolist()
-    text = json.dumps({"episodes": args.test_episodes, "seed": args.seed, "returns": results})
-    data.write_atomic(args.run / "test.json", lambda p: p.write_text(text))
+    text = json.dumps({**protocol, "returns": results})
+    data.write_atomic(path, lambda p: p.write_text(text))
     print(f"return over {args.test_episodes} episodes, mean ± standard deviation\n{'C':16} {'dream':>14} {'real':>14}")
     for name, result in results.items():
         dream, real = (f"{np.mean(r):.0f} ± {np.std(r):.0f}" if r else "-" for r in map(result.get, ("dream", "real")))
         print(f"{name:16} {dream:>14} {real:>14}")
     draw_dream(args, vae, rnn, controller, found)
     return results
+
+
+def tested(path, protocol, controllers):
+    """Of an earlier test in `path`, by the same protocol, what is still true: C's that have not changed since."""
+    try:
+        before = json.loads(path.read_text())
+    except (OSError, ValueError):  # there was none, or it is damaged
+        return {}
+    if any(before.get(name) != value for name, value in protocol.items()):
+        return {}
+    unchanged = [name for name, c in controllers.items() if c.stat().st_mtime <= path.stat().st_mtime]
+    return {name: before["returns"][name] for name in ["random", *unchanged] if name in before["returns"]}
 
 
 def iterate(args):
