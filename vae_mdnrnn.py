@@ -64,8 +64,8 @@ RECIPES = {
     ),
     "carracing": dict(
         action_dim=3, z_dim=32, hidden=256, cell=False, bias=True, restart=False, heads="reward", squash="car",
-        policy="brownian", max_steps=1000, episodes=150, v_steps=4000, m_steps=1000, where="real", tau=[1.0],
-        beta=1.0, popsize=16, trials=2, generations=40, score_trials=8,
+        policy="brownian", max_steps=1000, episodes=60, v_steps=3000, m_steps=1000, where="real", tau=[1.0],
+        beta=1.0, popsize=16, trials=2, generations=100, score_trials=16,
     ),
     "pointmaze": dict(
         action_dim=2, z_dim=32, hidden=256, cell=False, bias=True, restart=False, heads="reward", squash="tanh",
@@ -434,17 +434,20 @@ class RandomPolicy:
         return self.action
 
 
-def rollout(env, policy, seed, max_steps):
-    """One episode of `policy(frame)`: arrays with a row per step, as the data set has them."""
+def rollout(env, policy, seed, max_steps, patience=math.inf):
+    """One episode of `policy(frame)`: arrays with a row per step, as the data set has them. It is cut short after
+    `patience` steps in a row without a reward above 0."""
     rows = {"frames": [], "states": [], "actions": [], "rewards": [], "dones": []}
     obs, _ = env.reset(seed=seed)
+    in_vain = 0
     for _ in range(max_steps):
         action = policy(obs["visual"])
         before = {"frames": obs["visual"], "states": np.float32(env.state), "actions": np.float32(action)}
         obs, reward, done, truncated, _ = env.step(action)
         for name, value in {**before, "rewards": np.float32(reward), "dones": done}.items():
             rows[name].append(value)
-        if done or truncated:
+        in_vain = 0 if reward > 0 else in_vain + 1
+        if done or truncated or in_vain >= patience:
             break
     return {name: np.stack(values) for name, values in rows.items()}
 
@@ -636,6 +639,7 @@ def load_models(args):
     vae, rnn = VAE(args.z_dim), make_rnn(args)
     restore(vae, trained(v_path, "train-v", args), v_path)
     restore(rnn, trained(m_path, "train-m", args), m_path)
+    vae.encoder.to(memory_format=torch.channels_last)  # as the frames are: the same z, and a third less time
     return vae.eval().requires_grad_(False), rnn.eval().requires_grad_(False), make_controller(args)
 
 
@@ -677,14 +681,14 @@ def _start_worker(args):
 
 def _episode(job):
     """One real episode with C's weights `params`, or with a random policy if it is the name of one."""
-    params, seed, keep = job
+    params, seed, keep, patience = job
     args, env, models = _worker
     torch.manual_seed(seed)
     if isinstance(params, str):
         policy = RandomPolicy(params, env.action_space, np.random.default_rng(seed))
     else:
         policy = Agent(*models, args.cell, params)
-    episode = rollout(env, policy, seed, args.max_steps)
+    episode = rollout(env, policy, seed, args.max_steps, patience)
     return episode if keep else float(episode["rewards"].sum(dtype=np.float64))
 
 
@@ -703,7 +707,7 @@ def collect(args):
         who, old = last_params(args.previous), dataset_of(args.previous)
         spans, count = zip(old.episode_starts, old.episode_ends, strict=True), len(old)
         earlier = ({name: getattr(old, name)[s:e] for name in old.ARRAYS} for s, e in spans)
-    jobs = [(who, args.seed * 1_000_003 + i, True) for i in range(args.episodes)]
+    jobs = [(who, args.seed * 1_000_003 + i, True, math.inf) for i in range(args.episodes)]
     policy = "C" if args.previous else args.policy
     meta = dict(env=args.env, seed=args.seed, policy=policy, img_size=64, frameskip=1)
     with workers(actor) as pool:
@@ -781,9 +785,12 @@ def train_c(args):
             run_evolve(functools.partial(real_scores, pool), *controllers(args).values())
 
 
+PATIENCE = 100  # steps without a reward after which the search gives an episode up: off the road few cars come back
+
+
 def real_scores(pool, params, seed, trials):
     """As `dream_scores`, in the real environment, and on the same `trials` tracks for every row of params (P, n)."""
-    jobs = [(p, seed + i, False) for p in params for i in range(trials)]
+    jobs = [(p, seed + i, False, PATIENCE) for p in params for i in range(trials)]
     return np.array(list(pool.map(_episode, jobs, chunksize=1))).reshape(len(params), trials)
 
 
@@ -798,7 +805,7 @@ def test(args):
         for name, params in {"random": "uniform", **found}.items():
             if name in results:
                 continue
-            jobs = [(params, 777_000_000 + args.seed * 1_000 + i, False) for i in range(args.test_episodes)]
+            jobs = [(params, 777_000_000 + args.seed * 1_000 + i, False, math.inf) for i in range(args.test_episodes)]
             results[name] = {"real": list(tqdm(pool.map(_episode, jobs, 1), f"test {name}", len(jobs)))}
             if name.startswith("dream"):
                 dream = make_dream(args, rnn, float(name.removeprefix("dream_tau")))
