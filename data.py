@@ -18,7 +18,7 @@ Frames between two rows are never rendered: with `frameskip=5` that makes collec
 
 CarRacing and TakeCover are the two worlds of Ha & Schmidhuber (2018, arXiv:1803.10122); vae_mdnrnn.py collects there.
 
-    python data.py --env pointmaze --episodes 2000        # collect into datasets/pointmaze
+    python data.py --env pointmaze --episodes 3000        # collect into datasets/pointmaze
     python data.py --inspect datasets/pointmaze           # shapes, statistics, contact_sheet.png
     python data.py --bench                                # frames and physics steps per second
 """
@@ -56,7 +56,8 @@ from tqdm import tqdm
 
 VERSION = 1  # of the format on disk
 SHIFTS = ("colours", "light", "camera", "noise", "distractor")  # other looks of PointMaze, to plan in
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
+               errno.EEXIST, errno.ENAMETOOLONG)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -121,6 +122,14 @@ def per_second(call, seconds=1):
     return n / (time.perf_counter() - start)
 
 
+def read_json(path):
+    """The dictionary in a .json file of ours; UserError if it is damaged."""
+    try:
+        return dict(json.loads(Path(path).read_text()))
+    except (ValueError, TypeError):
+        raise UserError(f"{path} is damaged: remove it, and give the command again, with all its flags") from None
+
+
 def write_csv(path, rows):
     """A table of the dictionaries `rows`, atomically; what a row lacks is left empty."""
     names = list(dict.fromkeys(name for row in rows for name in row))
@@ -166,7 +175,7 @@ class PointMaze(gym.Env):
         self.model, self.free = self.build(maze)
         self.data = mujoco.MjData(self.model)
         self.img_size, self._renderer, self._rollout = img_size, None, None
-        self.shift, self._chance = None, np.random.default_rng(0)
+        self.shift, self.chance = None, np.random.default_rng(0)
         self.goal = self.cell_center(*np.argwhere(self.free)[0])
         self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
         self.observation_space = gym.spaces.Dict(
@@ -272,7 +281,7 @@ class PointMaze(gym.Env):
             self._add_ball([1, 0, 0, 1])
         frame = self._renderer.render()
         if self.shift == "noise":
-            frame = (frame + self._chance.normal(0, 15, frame.shape)).clip(0, 255).astype(np.uint8)
+            frame = (frame + self.chance.normal(0, 15, frame.shape)).clip(0, 255).astype(np.uint8)
         return frame
 
     def dress(self):
@@ -288,7 +297,7 @@ class PointMaze(gym.Env):
             camera.azimuth, camera.lookat[:2] = 93, (0.1, 0.1)  # turned by 3 degrees, moved by 0.1 m each way
 
     def _add_ball(self, rgba):
-        scene, position = self._renderer.scene, np.array([*self.sample_state(self._chance)[:2], 0.2])
+        scene, position = self._renderer.scene, np.array([*self.sample_state(self.chance)[:2], 0.2])
         size = np.full(3, self.BALL_RADIUS)
         sphere, ball = self.mujoco.mjtGeom.mjGEOM_SPHERE, scene.geoms[scene.ngeom]
         self.mujoco.mjv_initGeom(ball, sphere, size, position, np.eye(3).ravel(), np.array(rgba, np.float32))
@@ -370,6 +379,8 @@ class PointMazeD4RL(PointMaze):
 
     def sample_problem(self, seed, n):
         """Start and goal states of the n-th problem of a seed, those of the release."""
+        if not 0 < seed * n + 1 < 2**32 or seed == 0:
+            raise UserError(f"seed {seed} is none of the release's: with 0 its problems are all the same (--seed)")
         rng = np.random.RandomState(seed * n + 1)
         return self.sample_state(rng), self.sample_state(rng)
 
@@ -565,6 +576,16 @@ def _die_with_parent():
     threading.Thread(target=lambda: (wait([parent]), os._exit(1)), daemon=True).start()
 
 
+def process_runs(pid):
+    """Whether there is a process of this number; on Windows, where asking would end it, always true."""
+    try:
+        return os.name == "nt" or os.kill(pid, 0) is None
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+
+
 class Workers:
     """`workers` processes, each begun with `initializer(*initargs)`: `with Workers(...) as pool: pool.map(...)`."""
 
@@ -634,8 +655,12 @@ def write_dataset(out, episodes, total, meta, overwrite=False):
     out = Path(out)
     if out.exists() and not overwrite:
         raise UserError(f"{out} is already there: give another --out, or --overwrite")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed run may have left
+    if out.exists() and not (out / "meta.json").is_file():
+        raise UserError(f"{out} holds no data set that could be overwritten: give another --out")
+    for left in out.parent.glob(f".{out.name}.*.partial"):  # by a run that was killed
+        if not process_runs(int(left.suffixes[-2][1:])):
+            shutil.rmtree(left, ignore_errors=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
         writers, ends = None, []
@@ -648,8 +673,10 @@ def write_dataset(out, episodes, total, meta, overwrite=False):
             writer.close()
         np.save(partial / "episode_ends.npy", np.array(ends))
         (partial / "meta.json").write_text(json.dumps({**meta, "version": VERSION, "rows": ends[-1]}, indent=1))
-        shutil.rmtree(out, ignore_errors=True)
-        partial.rename(out)
+        if overwrite:
+            shutil.rmtree(out, ignore_errors=True)
+        if not out.exists():  # or another process has collected the same meanwhile
+            partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return Dataset(out)
@@ -687,14 +714,16 @@ class Dataset:
         file = "meta.json"
         try:
             self.meta = json.loads((self.path / file).read_text())
-            if self.meta.get("version") != VERSION:
-                raise ValueError(f"version {self.meta.get('version')}, not {VERSION}")
+            if self.meta["version"] != VERSION:
+                raise ValueError(f"version {self.meta['version']}, not {VERSION}")
+            if lacks := {"env", "img_size", "frameskip"} - self.meta.keys():
+                raise ValueError(f"it lacks {', '.join(lacks)}")
             for name in (*self.ARRAYS, "episode_ends"):
                 file = f"{name}.npy"
                 setattr(self, name, np.load(self.path / file, mmap_mode="r"))
                 if name in self.ARRAYS and len(getattr(self, name)) != self.meta["rows"]:
                     raise ValueError(f"{len(getattr(self, name))} rows, not {self.meta['rows']}")
-        except (OSError, ValueError, KeyError, EOFError) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
             reason = f"{file}: {str(error).splitlines()[0]}"
             raise UserError(f"{path} is not a whole data set ({reason}): collect it again with data.py") from None
         self.episode_starts = np.concatenate([[0], self.episode_ends[:-1]])
@@ -733,6 +762,8 @@ class Windows:
             raise UserError(f"--frameskip {frameskip} is not a multiple of the data set's own {recorded}")
         self.dataset, self.stride, self.num_frames = dataset, frameskip // recorded, num_frames
         span = self.stride * num_frames
+        if not len(episodes):
+            raise UserError(f"{dataset.path} has {len(dataset)} episode: two are needed, one of them for validation")
         starts, ends = dataset.episode_starts[episodes], dataset.episode_ends[episodes] - span + 1
         if not (starts < ends).any():
             raise UserError(
@@ -800,7 +831,7 @@ def bench(env_name, img_size):
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--env", default="pointmaze", help=f"one of {', '.join(ENVIRONMENTS)}")
-    parser.add_argument("--episodes", type=positive, default=2000, help="episodes to collect")
+    parser.add_argument("--episodes", type=positive, default=3000, help="episodes to collect")
     parser.add_argument("--steps", type=positive, default=20, help="model steps (rows) per episode")
     parser.add_argument("--frameskip", type=positive, default=5, help="environment steps per model step")
     parser.add_argument("--img-size", type=positive, default=64, help="side of the frames in pixels")

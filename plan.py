@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 import released
 from cem import cem, coloured_noise, gradient_descent, mpc, mppi
-from data import SHIFTS, Parser, UserError, make_env, natural, positive, run_script, write_atomic
+from data import SHIFTS, Parser, UserError, make_env, natural, positive, read_json, run_script, write_atomic
 from decoders import beside, likeness, write_gif, write_strips
 from vae_mdnrnn import available_device
 
@@ -103,7 +103,8 @@ def get_args(argv=None):
     if (args.goal_source == "file") != (args.goal_file is not None):
         raise UserError("--goal-source file and --goal-file PATH go together")
     args.baselines = [name for name in args.baselines.split(",") if name]
-    if not 2 <= args.topk <= args.num_samples:
+    elites = any(planner.endswith("cem") for planner in args.planner.split(",")) or "oracle" in args.baselines
+    if elites and not 2 <= args.topk <= args.num_samples:
         raise UserError(f"--topk {args.topk} must lie between 2 and --num-samples {args.num_samples}")
     if (args.n_taken_actions or 1) > args.goal_H:
         raise UserError(f"--n-taken-actions {args.n_taken_actions} is more than --goal-H {args.goal_H} plans")
@@ -147,15 +148,24 @@ def settle(args, model):
 # Problems, and the worlds in which they are solved
 
 
-def read_problems(path, env_name):
+def open_world(model, shift):
+    """The environment that a model was trained on, in which problems can be set."""
+    env = make_env(model.world["env"], model.world["img_size"], shift)
+    if not hasattr(env, "set_state"):
+        raise UserError(f"{model.world['env']} cannot be put into a start and a goal state: plan in a PointMaze")
+    return env
+
+
+def read_problems(path, env, env_name):
     """Start and goal states of `env_name` in a file of --save-targets."""
     try:
         content = json.loads(Path(path).read_text())
         problems = tuple(np.array(content[name], np.float64) for name in ("starts", "goals"))
         if content["env"] != env_name:
             raise UserError(f"{path} holds problems of {content['env']}, the checkpoint is of {env_name}")
-        if problems[0].ndim != 2 or problems[0].shape != problems[1].shape:
-            raise ValueError("starts and goals are of different shapes")
+        for name, states in zip(("starts", "goals"), problems, strict=True):
+            if states.shape != (len(problems[0]), env.state.size) or not states.size or not np.isfinite(states).all():
+                raise ValueError(f"{name} of shape {states.shape}, or not finite")
     except FileNotFoundError:
         raise UserError(f"no file at {path}: write one with --save-targets") from None
     except (ValueError, KeyError, TypeError, OSError) as error:
@@ -202,6 +212,7 @@ class Worlds:
 
     def __init__(self, env, starts, goals, films=0, history=1, frameskip=1):
         self.env, self.states, self.goals = env, starts.copy(), goals
+        env.chance, self.film_chance = map(np.random.default_rng, (0, 1))  # of --shift: the same for each planner
         self.dof, self.bounds = env.action_space.shape[0], (env.action_space.low, env.action_space.high)
         self.obs = self.observe(starts)
         self.goal_obs = self.observe(goals)
@@ -229,6 +240,12 @@ class Worlds:
             self.execute(problems, step.reshape(len(actions), -1, self.dof))
         return self.env.goal_reached(self.states[problems], self.goals[problems])
 
+    def film(self):
+        """A frame that nobody plans with: it leaves the noise of those that follow as it is."""
+        chance, self.env.chance = self.env.chance, self.film_chance
+        frame, self.env.chance = self.env.render(), chance
+        return frame
+
     def execute(self, problems, actions):
         """Executes environment actions (B, n, DoF) in the worlds `problems`, and observes."""
         for i, sequence in zip(problems, actions, strict=True):
@@ -236,7 +253,7 @@ class Worlds:
             for action in sequence:
                 self.env.step(action, render=False)
                 if i < len(self.films):
-                    self.films[i].append(self.env.render())
+                    self.films[i].append(self.film())
             self.states[i] = self.env.state
         for name, seen in self.observe(self.states[problems]).items():
             self.obs[name][problems] = seen
@@ -371,8 +388,10 @@ def solve_at_random(worlds, model, args):
 def controls(env, starts, goals, model, args):
     """Success rates by iteration of the controls asked for, of which "oracle" is CEM whatever the planner; kept in a
     file, since they depend on the problems and the budget alone."""
-    cem_planner = "mpc-cem" if args.planner.startswith("mpc-") else "cem"
-    args = settle(argparse.Namespace(**vars(args) | {"planner": cem_planner}), model)
+    as_cem = {"planner": "mpc-cem" if args.planner.startswith("mpc-") else "cem"}
+    if args.planner.endswith("gd"):  # its --opt-steps are of another kind
+        as_cem["opt_steps"] = None
+    args = settle(argparse.Namespace(**vars(args) | as_cem), model)
     budget = {k: getattr(args, k) for k in (
         "seed", "goal_H", "n_taken_actions", "max_iter", "num_samples", "topk", "opt_steps", "var_scale",
         "momentum", "maxnorm",
@@ -380,7 +399,7 @@ def controls(env, starts, goals, model, args):
     key = repr((model.world["env"], model.frameskip, budget)).encode() + starts.tobytes() + goals.tobytes()
     key += model.action_std.cpu().numpy().tobytes() + model.action_mean.cpu().numpy().tobytes()
     path = Path("plan_outputs") / f"controls_{hashlib.sha256(key).hexdigest()[:12]}.json"
-    known = json.loads(path.read_text()) if path.is_file() else {}
+    known = read_json(path) if path.is_file() else {}
     for name in set(args.baselines) - known.keys():
         worlds = Worlds(env, starts, goals)
         if name == "random":
@@ -483,8 +502,7 @@ def compare_horizon_error(args, device):
     worlds = {(model.world["env"], model.world["img_size"], model.frameskip) for model in models.values()}
     if len(worlds) > 1:
         raise UserError("--horizon-error compares runs of one environment, --img-size and --frameskip")
-    (env_name, img_size, _), count = worlds.pop(), len(args.seed) * args.n_evals
-    env = make_env(env_name, img_size, args.shift)
+    env, count = open_world(next(iter(models.values())), args.shift), len(args.seed) * args.n_evals
     curves = horizon_error(env, models, args.horizon_error, count, args.seed, device)
     out = Path("plan_outputs") / args.name
     result = {"args": vars(args), "curves": curves}
@@ -610,13 +628,13 @@ def main():
         raise UserError(f"--alpha weighs proprio, which {args.ckpt} does not have beside its visual latent")
     if args.decode and model.decoder is None:
         raise UserError(f"--decode: {args.ckpt} has no decoder; train one with python train.py --decoder")
-    env = make_env(model.world["env"], model.world["img_size"], args.shift)
+    env = open_world(model, args.shift)
     dataset = None
     if args.goal_source in ("dset", "random_action"):
         looks = {name: model.world[name] for name in ("env", "img_size")}
         dataset = released.open_dataset(args.data or model.world["data"], **looks)
     if args.goal_source == "file":
-        starts, goals = read_problems(args.goal_file, model.world["env"])
+        starts, goals = read_problems(args.goal_file, env, model.world["env"])
     else:
         starts, goals = make_problems(env, args, model.frameskip, dataset)
     if args.save_targets:

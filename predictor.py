@@ -39,7 +39,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import Parser, UserError, per_second, run_script, write_atomic
+from data import Parser, UserError, per_second, positive, run_script, write_atomic
 from decoders import build_decoder, from_pixels, to_pixels
 from encoders import build_encoder
 from vae_mdnrnn import load_tensors, to_tensor
@@ -519,7 +519,7 @@ def load_checkpoint(directory, device="cpu"):
 
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=positive, default=4)
     batch_size = parser.parse_args().batch_size
     for name, predictor, sizes in (
         ("pca", "vit", dict(depth=4, heads=4, mlp_dim=512)), ("pca", "rwm", {}), ("dinov2", "vit", {}),

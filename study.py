@@ -36,7 +36,7 @@ from tqdm import tqdm
 import plan
 import released
 import train
-from data import SHIFTS, Parser, UserError, Workers, make_env, natural, positive, run_script, write_atomic
+from data import SHIFTS, Parser, UserError, Workers, make_env, natural, positive, read_json, run_script, write_atomic
 from predictor import WorldModel, build_eyes
 from vae_mdnrnn import available_device
 
@@ -48,11 +48,12 @@ SHIFTED = "pointmaze"  # where other looks are planned in
 
 
 def names(text):
-    return [name for name in text.split(",") if name]
+    """An `argparse` type: each of a,b,c once."""
+    return list(dict.fromkeys(name for name in text.split(",") if name))
 
 
 def naturals(text):
-    return [natural(number) for number in names(text)]
+    return list(dict.fromkeys(natural(number) for number in names(text)))
 
 
 def get_args():
@@ -78,6 +79,9 @@ def get_args():
     add("--device", type=available_device, default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.workers = args.workers or (os.cpu_count() if args.device == "cpu" else 1)
+    for option in ("encoder", "env", "seeds"):
+        if not getattr(args, option):
+            raise UserError(f"--{option} names nothing")
     if unknown := set(args.shift) - set(SHIFTS):
         raise UserError(f"unknown --shift {', '.join(unknown)}; known: {', '.join(SHIFTS)}")
     return args
@@ -92,16 +96,19 @@ def flags(args, *options):
     return [f"--{option.replace('_', '-')}={getattr(args, option)}" for option in options]
 
 
-def run_path(args, env, encoder, seed):
-    return Path("runs") / args.name / f"{env}_{encoder.replace('/', '-')}_{seed}"
+def run_name(args, env, encoder, seed):
+    return f"{args.name}/{env}_{encoder.replace('/', '-')}_{seed}"
+
+
+def run_path(*run):
+    return Path("runs") / run_name(*run)
 
 
 def train_args(args, env, encoder, seed):
     """train.py's arguments for one run of the study: the laptop's transition model, whatever the tokens."""
     name, _, weights = encoder.partition("@")
     sizes = [f"--{k.replace('_', '-')}={v}" for k, v in train.LAPTOP.items() if k != "depth"]
-    path = run_path(args, env, encoder, seed).relative_to("runs")
-    own = ["--env", env, "--encoder", name, "--seed", str(seed), "--name", str(path)]
+    own = ["--env", env, "--encoder", name, "--seed", str(seed), "--name", run_name(args, env, encoder, seed)]
     own += ["--weights", weights] if weights else []
     return train.get_args(own + sizes + flags(args, "img_size", "episodes", "steps", "batch_size", "depth", "device"))
 
@@ -272,7 +279,7 @@ def main():
     root = Path("runs") / args.name
     fixed = {k: v for k, v in vars(args).items() if k not in ("encoder", "env", "seeds", "workers", "device")}
     if (root / "args.json").exists():
-        before = json.loads((root / "args.json").read_text())
+        before = read_json(root / "args.json")
         if changed := [f"--{name.replace('_', '-')}" for name in fixed if before.get(name) != fixed[name]]:
             raise UserError(f"{root} was begun with other {', '.join(changed)}: choose a --name")
     jobs = list(itertools.product(args.env, args.encoder, args.seeds))
@@ -295,8 +302,7 @@ def main():
             tqdm.write("done: " + " ".join(map(str, job)))
     results = {}
     for env, encoder, seed in jobs:
-        result = json.loads((run_path(args, env, encoder, seed) / "study.json").read_text())
-        results.setdefault((env, encoder), []).append(result)
+        results.setdefault((env, encoder), []).append(read_json(run_path(args, env, encoder, seed) / "study.json"))
     write_tables(args, results)
     write_atomic(root / "study.png", lambda path: draw(args, results, path))
     print(f"\n{root}/ holds table.md, study.png and the runs")

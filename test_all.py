@@ -205,7 +205,7 @@ def test_collection_is_consistent_and_does_not_depend_on_the_workers(dataset, tm
         obs, *_ = env.step(action)
     np.testing.assert_allclose(obs["proprio"], dataset.states[1], atol=1e-4)
     np.testing.assert_array_equal(obs["visual"], dataset.frames[1])
-    assert not (tmp_path / ".d.partial").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
 def test_windows_stay_in_their_episode_and_concatenate_actions(tmp_path):
@@ -220,6 +220,26 @@ def test_windows_stay_in_their_episode_and_concatenate_actions(tmp_path):
         steps = action.reshape(-1, 2)[:, 0] % 1000
         assert (np.diff(steps) == 1).all() and visual[1, 0, 0] - visual[0, 0, 0] == 4
         assert visual[0, 0, 0] == steps[0] + dataset.episode_starts[int(action[0, 0] // 1000)]
+
+
+def test_a_data_set_is_collected_beside_another_process_that_does(tmp_path):
+    other = tmp_path / f".d.{os.getppid()}.partial"  # a process that runs
+    other.mkdir()
+    assert len(fake_dataset(tmp_path / "d", [4, 4])) == 2 and other.exists()
+
+
+def test_a_single_episode_is_too_few(tmp_path):
+    dataset = fake_dataset(tmp_path / "d", [9])
+    with pytest.raises(UserError, match="has 1 episode: two are needed"):
+        data.Windows(dataset, dataset.split()[0], 2, 1)
+
+
+@pytest.mark.parametrize("meta", [[], {"rows": 4}, {"rows": 4, "version": data.VERSION, "env": "pointmaze"}])
+def test_a_foreign_meta_file_is_no_data_set(meta, tmp_path):
+    path = fake_dataset(tmp_path / "d", [4]).path
+    (path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match="is not a whole data set .meta.json"):
+        data.Dataset(path)
 
 
 def test_statistics_and_split_are_by_episode(tmp_path):
@@ -246,7 +266,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, script, monkeypatch):
 def test_a_killed_collection_leaves_nothing_and_its_workers_end(tmp_path):
     command = [sys.executable, HERE / "data.py", "--episodes", "5000", "--out", tmp_path / "d", "--workers", "2"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    frames = tmp_path / ".d.partial" / "frames.npy"
+    frames = tmp_path / f".d.{process.pid}.partial" / "frames.npy"
     while not (frames.exists() and frames.stat().st_size > 10**5):
         assert process.poll() is None
         time.sleep(0.05)
@@ -2255,7 +2275,7 @@ def test_goals_out_of_a_file_are_those_saved(workplace, script):
         )
         assert code == 0, err
         env = data.make_env("pointmaze")
-        starts, goals = plan.read_problems("goals.json", "pointmaze")
+        starts, goals = plan.read_problems("goals.json", env, "pointmaze")
         assert starts.shape == goals.shape == (3, 4)
     args = plan.get_args(["--n-evals", "3"])
     for saved, drawn in zip((starts, goals), plan.make_problems(env, args, 5), strict=True):
@@ -2269,7 +2289,9 @@ def test_goals_out_of_a_file_are_those_saved(workplace, script):
     command = ["plan", *BUDGET, "--goal-source", "file", "--goal-file"]
     for broken, message in (
         (content | {"env": "pointmaze-large"}, "goals.json holds problems of pointmaze-large"),
-        (content | {"goals": content["goals"][:2]}, "goals.json is no file of --save-targets (starts and goals are of"),
+        (content | {"goals": content["goals"][:2]}, "goals.json is no file of --save-targets (goals of shape (2, 4)"),
+        (content | {"starts": [[0, 0]], "goals": [[1, 1]]}, "--save-targets (starts of shape (1, 2)"),
+        (content | {"starts": [], "goals": []}, "--save-targets (starts of shape (0,)"),
         ({"starts": []}, "goals.json is no file of --save-targets"), ([1], "goals.json is no file of --save-targets"),
     ):  # fmt: skip
         Path("goals.json").write_text(json.dumps(broken))
@@ -2278,6 +2300,60 @@ def test_goals_out_of_a_file_are_those_saved(workplace, script):
     code, _, err = script(*command, "nowhere.json", "--name", "third")
     assert code == 2 and "no file at nowhere.json: write one with --save-targets" in err
     assert not Path("plan_outputs/third").exists()
+
+
+@pytest.mark.parametrize("shift", ["noise", "distractor"])
+def test_filming_changes_nothing_that_is_seen(shift):
+    env, seen = data.make_env("pointmaze", shift=shift), []
+    states = np.array([[-1, 1, 0, 0], [1, 1, 0, 0]], float)
+    for films in (0, 2):
+        worlds = plan.Worlds(env, states, states, films)
+        worlds.act(np.arange(2), np.ones((2, 1, 10), np.float32))
+        seen.append(worlds.obs["visual"])
+    assert np.array_equal(*seen) and not np.array_equal(*worlds.films[0][1:3])
+
+
+def test_only_a_world_that_can_be_set_is_planned_in(workplace, script):
+    model, _ = tiny_transition("rwm", state=True)
+    model.world = dict(env="carracing", img_size=64, data="d")
+    model.save("runs/cars")
+    for command in (["plan"], ["plan", "--horizon-error", 2]):
+        code, _, err = script(*command, "--ckpt", "runs/cars")
+        assert code == 2 and err.startswith("error: carracing cannot be put into a start and a goal state: plan in")
+
+
+def test_elites_are_asked_of_those_that_have_them():
+    assert plan.get_args("--ckpt x --planner mppi,gd --num-samples 20".split()).topk == 30
+    for planner in ("--planner mppi --baselines oracle", "--planner gd,mpc-icem"):
+        with pytest.raises(UserError, match="--topk 30 must lie between 2 and --num-samples 20"):
+            plan.get_args(f"--ckpt x {planner} --num-samples 20".split())
+
+
+def test_the_log_is_written_before_the_model_that_ends_training(workplace, script, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "write_log", killed)
+    assert script("train", *TINY, "--name", "tiny")[0] == 130
+    assert not Path("runs/tiny/model.pt").exists()
+
+
+def test_what_a_training_left_damaged_is_named(workplace, script):
+    code, out, err = script("train", *TINY, "--name", "tiny")
+    assert code == 0 and "datasets/pointmaze: 30 episodes, frameskip 5" in out
+    checkpoint = predictor.load_checkpoint("runs/tiny")
+    torch.save(checkpoint | {"optimizer": {}, "schedule": {}, "log": []}, "runs/tiny/model.pt")
+    code, _, err = script("train", *TINY, "--name", "tiny")
+    assert code == 2 and "model.pt does not go on with these flags: --overwrite" in err
+    (tokens,) = Path("datasets/pointmaze").glob("tokens_pca_*.npy")
+    whole = tokens.read_bytes()
+    tokens.write_bytes(whole[: len(whole) // 2])
+    code, _, err = script("train", *TINY, "--name", "other")
+    tokens.write_bytes(whole)
+    assert code == 2 and f"{tokens} is damaged: remove it" in err
+    Path("runs/tiny/args.json").write_text("{")
+    code, _, err = script("train", *TINY, "--name", "tiny")
+    assert code == 2 and "args.json is damaged: remove it" in err
 
 
 def test_training_deletes_only_what_it_is_told_to(workplace, script):
@@ -2322,6 +2398,7 @@ def test_steps_ends_training_early_and_encodes_what_it_needs(workplace, script):
 
 def test_the_study_measures_every_run_once(workplace, script):
     budget = BUDGET[:-2] + ["--steps", 4, "--drift", 2, "--workers", 1, "--env", "pointmaze", "--max-iter", 2]
+    budget += ["--episodes", len(data.Dataset("datasets/pointmaze"))]
     flags = [*budget, "--encoder", "pca", "--seeds", "0,1", "--shift", "colours"]
     code, out, err = script("study", *flags)
     assert code == 0, err
@@ -2428,6 +2505,10 @@ def test_linear_probe_and_intervals():
         ("study --seeds 0,x", "x is not a whole number of at least 0"),
         ("study --shift dark", "unknown --shift dark; known: colours"),
         ("study --env nowhere", "unknown environment 'nowhere'"),
+        ("study --encoder ,", "--encoder names nothing"),
+        ("train --episodes 5", "datasets/pointmaze has"),
+        ("train --encoder dinov2 --weights weights/dinov2--small", "weights/dinov2--small is neither a file nor"),
+        ("data --out cut/.. --overwrite", "holds no data set that could be overwritten"),
     ],
 )
 def test_what_wrong_input_gets(command, message, script, workplace, dataset):
@@ -2619,6 +2700,8 @@ def test_pointmaze_d4rl_poses_the_releases_problems():
     starts, goals = plan.make_problems(env, args, 5)
     np.testing.assert_array_equal([starts[3], goals[3]], expected)
     np.testing.assert_array_equal(starts[5], env.sample_problem(7, 1)[0])
+    with pytest.raises(UserError, match="seed 0 is none of the release's"):
+        env.sample_problem(0, 0)
     here, away, behind = np.array([[1, 1, 0, 0], [1.4, 1, 3, 3], [1.6, 1, 0, 0]], float)
     assert env.goal_reached(here, away) and not env.goal_reached(here, behind)  # less than 0.5 m, whatever the speed
     assert env.free[tuple(np.round(starts[:, :2] + 0.2).astype(int).T)].all()

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import data
 import released
-from data import Parser, UserError, Windows, natural, positive, run_script, write_atomic, write_csv
+from data import Parser, UserError, Windows, natural, positive, read_json, run_script, write_atomic, write_csv
 from decoders import beside, likeness, write_gif, write_strips
 from encoders import chunks
 from predictor import PREDICTORS, WorldModel, build_eyes, load_checkpoint
@@ -57,7 +57,7 @@ def get_args(argv=None):
     add = parser.add_argument
     add("--env", help="the world; its data are collected if they are not there (default: the data set's, or pointmaze)")
     add("--data", help="data set folder, ours or DINO-WM's point_maze (default: datasets/ENV, or datasets/ENV_SIZE)")
-    add("--episodes", type=positive, default=3000, help="episodes to collect if there is no data set")
+    add("--episodes", type=positive, help="episodes to collect if there is no data set (default: 3000)")
     add("--img-size", type=positive, help="side of the frames in the data set, in pixels (default: its own, or 64)")
     add("--encoder", default="pca", help="what turns a frame into tokens; python encoders.py lists them. "
         "state: no frames, the true state")  # fmt: skip
@@ -143,11 +143,17 @@ def decoder_sizes(args, single):
 
 
 def open_dataset(args):
-    """The data set of --data, or the default one of --env, which is collected first if it is not there."""
+    """The data set of --data, or the default one of --env, which is collected first if it is not there: the same for
+    every --seed."""
+    if args.data:
+        return released.open_dataset(args.data, env=args.env, img_size=args.img_size)
     default = Path(f"datasets/{args.env}" + (f"_{args.img_size}" if args.img_size != 64 else ""))
-    if args.data is None and not default.exists():
-        data.collect(default, args.env, args.episodes, 20, args.frameskip, args.img_size, args.seed)
-    return released.open_dataset(args.data or default, env=args.env, img_size=args.img_size)
+    if not default.exists():
+        data.collect(default, args.env, args.episodes or 3000, 20, args.frameskip, args.img_size)
+    dataset = released.open_dataset(default, env=args.env, img_size=args.img_size)
+    if args.episodes and args.episodes != len(dataset):
+        raise UserError(f"{default} has {len(dataset)} episodes, not {args.episodes}: remove it, or this --episodes")
+    return dataset
 
 
 def fit_frames(encoder, dataset, episodes, rng):
@@ -179,7 +185,10 @@ def token_cache(encoder, dataset, device, batch_size=256):
             writer.close()
 
         write_atomic(path, write)
-    return np.load(path, mmap_mode="r")
+    try:
+        return np.load(path, mmap_mode="r")
+    except (ValueError, EOFError):
+        raise UserError(f"{path} is damaged: remove it") from None
 
 
 class TokensOnDemand:
@@ -273,7 +282,7 @@ def train(args):
     resumed = None
     if (directory / "model.pt").exists() and not args.overwrite:
         resumed = load_checkpoint(directory, device)
-        before = json.loads(path.read_text()) if (path := directory / "args.json").is_file() else {}
+        before = read_json(path) if (path := directory / "args.json").is_file() else {}
         changed = [f"--{k.replace('_', '-')}" for k in flags if before.get(k) != flags[k]]
         if changed:
             raise UserError(f"{directory} was trained with other {', '.join(changed)}: choose a --name, or --overwrite")
@@ -284,17 +293,20 @@ def train(args):
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     encoder = build_eyes(args.encoder, args.encoder_img_size, args.weights if resumed is None else "random")
+    single = encoder.num_patches == 1
+    sizes = transition_sizes(args, single)
     dataset = open_dataset(args)
+    print(f"{dataset.path}: {len(dataset)} episodes, frameskip {dataset.meta['frameskip']}")
     train_episodes, val_episodes = dataset.split()
     num_frames = args.num_hist + args.rollout_steps
     rollout = args.rollout_steps, args.rollout_decay, args.rollout_grad
-    longest = (dataset.episode_ends - dataset.episode_starts).max() * dataset.meta["frameskip"] // args.frameskip
     train_windows = Windows(dataset, train_episodes, num_frames, args.frameskip)
     val_windows = Windows(dataset, val_episodes, num_frames, args.frameskip)
-    look_windows = Windows(dataset, val_episodes, max(num_frames, min(10, longest)), args.frameskip)
+    if args.decoder:
+        lengths = (dataset.episode_ends - dataset.episode_starts)[val_episodes]
+        longest = lengths.max() * dataset.meta["frameskip"] // args.frameskip
+        look_windows = Windows(dataset, val_episodes, max(num_frames, min(10, longest)), args.frameskip)
 
-    single = encoder.num_patches == 1
-    sizes = transition_sizes(args, single)
     if resumed is None and hasattr(encoder, "fit"):
         encoder.to(device).fit(fit_frames(encoder, dataset, train_episodes, rng), seed=args.seed)
     epochs, batch_size = args.epochs or (20 if single else 100), args.batch_size or (128 if single else 32)
@@ -319,10 +331,13 @@ def train(args):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, total_steps))
     log = []
     if resumed is not None:
-        model.load_state_dict(resumed["model"])
-        optimizer.load_state_dict(resumed["optimizer"])
-        schedule.load_state_dict(resumed["schedule"])
-        log = resumed["log"]
+        try:
+            model.load_state_dict(resumed["model"])
+            optimizer.load_state_dict(resumed["optimizer"])
+            schedule.load_state_dict(resumed["schedule"])
+            log = resumed["log"]
+        except (KeyError, RuntimeError, ValueError):
+            raise UserError(f"{directory}/model.pt does not go on with these flags: --overwrite") from None
         print(f"{directory}: going on after epoch {len(log)} of {epochs}")
     if args.encoder == "state":
         tokens = dataset.states[:, None]
@@ -364,8 +379,8 @@ def train(args):
         log.append(entry | {"seconds": round(time.perf_counter() - start, 2)})
         bar.set_postfix_str(f"val {entry['val']:.4f}, copying {entry['copy']:.4f}")
         unfinished = dict(optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), log=log)
-        model.save(directory, **(unfinished if epoch + 1 < epochs else {}))
         write_log(directory, log)
+        model.save(directory, **(unfinished if epoch + 1 < epochs else {}))
     bar.close()
     print(f"{directory}: next-latent error {log[-1]['val_visual']:.4f}, copying the last frame {log[-1]['copy']:.4f}")
     print(f"plan with it: python plan.py --ckpt {directory}")

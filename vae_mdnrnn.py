@@ -1000,10 +1000,7 @@ def parse_args(argv=None):
     first.add_argument("--out", type=Path)
     given, _ = first.parse_known_args(argv)
     run = given.out or Path(f"runs/worldmodels_{given.env or 'takecover'}")
-    try:
-        kept = json.loads((run / "args.json").read_text()) if (run / "args.json").exists() else {}
-    except ValueError:
-        raise UserError(f"{run / 'args.json'} is damaged: remove it, and give the run's flags again") from None
+    kept = data.read_json(path) if (path := run / "args.json").exists() else {}
     env = given.env or kept.get("env", "takecover")
     if kept.get("env", env) != env:
         raise UserError(f"{run} is a run of --env {kept['env']}: give another --out than for {env}")

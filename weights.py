@@ -66,6 +66,8 @@ def download(repository):
         return hub.hf_hub_download(repository, filename, local_files_only=True)
     except hub.errors.LocalEntryNotFoundError:
         pass
+    except hub.errors.HFValidationError:
+        raise UserError(f"{repository} is neither a file nor a folder, nor the name of a repository") from None
     url, help = hub.hf_hub_url(repository, filename), "download it elsewhere and give --weights PATH"
     try:
         headers = hub.utils.build_hf_headers()
