@@ -879,6 +879,17 @@ def test_overwrite_begins_anew_from_that_step(wm_run):
     assert json.loads((wm_run.path / "args.json").read_text())["z_dim"] == 4  # but not those that do not fit
 
 
+@pytest.mark.parametrize("words", ["train-m --z-dim 9", "train-c --popsize 4 --hidden 9", "iterate --tau 1 2"])
+def test_overwriting_with_flags_that_do_not_fit_loses_nothing(wm_run, words):
+    for name in ("iteration1", ".overwritten/data"):  # the latter left by a run that was killed
+        (wm_run.path / name).mkdir(parents=True)
+    wm_run("test", "--overwrite")
+    before = {path: path.is_file() and path.read_bytes() for path in sorted(wm_run.path.rglob("*"))}
+    with pytest.raises(UserError):
+        wm_run(*words.split(), "--overwrite")
+    assert before == {path: path.is_file() and path.read_bytes() for path in sorted(wm_run.path.rglob("*"))}
+
+
 def test_overwriting_one_c_leaves_the_others(wm_run):
     before = (wm_run.path / "c_dream_tau1.pt").read_bytes()
     wm_run("train-c", "--tau", 1.3, "--generations", 1)

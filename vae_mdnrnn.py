@@ -1022,27 +1022,41 @@ def parse_args(argv=None):
     return args
 
 
+def set_aside(args, aside):
+    """--overwrite: what this step and those after it wrote goes into the folder `aside`."""
+    names = list(FILES)
+    later = names[names.index(args.step) if args.step in names else 0 :] if args.step != "iterate" else []
+    patterns = " ".join(FILES[step] for step in later).split() or ["iteration*"]
+    if args.step == "train-c":  # another C, of another temperature, does not build on this one
+        patterns[:1] = [f"{path.stem}.*" for path in controllers(args).values()]
+    shutil.rmtree(aside, ignore_errors=True)  # left by a run that was killed
+    aside.mkdir(parents=True)
+    for path in itertools.chain(*map(args.run.glob, patterns)):
+        path.rename(aside / path.name)
+
+
 def main(argv=None):
     args = parse_args(argv)
     if args.step == "bench":
         return bench(args)
-    if args.overwrite:  # away with what this step and those after it wrote
-        names = list(FILES)
-        later = names[names.index(args.step) if args.step in names else 0 :] if args.step != "iterate" else []
-        patterns = " ".join(FILES[step] for step in later).split() or ["iteration*"]
-        if args.step == "train-c":  # another C, of another temperature, does not build on this one
-            patterns[:1] = [f"{path.stem}.*" for path in controllers(args).values()]
-        for path in itertools.chain(*map(args.run.glob, patterns)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    before = kept.read_bytes() if (kept := args.run / "args.json").exists() else None
+    aside, kept = args.run / ".overwritten", args.run / "args.json"
+    if args.overwrite:
+        set_aside(args, aside)
+    before = kept.read_bytes() if kept.exists() else None
     if args.step != "test" or not before:
         keep_flags(args)  # now, so that a step that is killed goes on with them
     try:
         STEPS[args.step](args)
-    except UserError:
-        if before:  # flags that do not fit are not kept
+    except UserError:  # flags that do not fit are not kept, and nothing is lost by them
+        if before:
             data.write_atomic(kept, lambda path: path.write_bytes(before))
+        old = list(aside.glob("*"))
+        if not any((args.run / path.name).exists() for path in old):
+            for path in old:
+                path.rename(args.run / path.name)
         raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def keep_flags(args):
