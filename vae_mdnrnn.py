@@ -52,7 +52,8 @@ from decoders import write_strips
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-# The paper's sizes (appendix A), budgets for two CPU cores: an hour for takecover, one or two for carracing.
+# The paper's sizes (appendix A), budgets for two CPU cores: an hour for takecover, one or two for carracing;
+# pointmaze's are not tuned.
 # heads: what M predicts besides the next z (the reward, unlike the paper's M of CarRacing, so that it can be dreamt).
 # cell: C sees the LSTM's cell state, too. restart: M is told when an episode begins. squash: how C's outputs become
 # actions.
