@@ -9,9 +9,9 @@ CEM (Rubinstein, 1999) keeps a Gaussian over action sequences and moves it to wh
 V-JEPA 2-AC (Assran et al., 2025, arXiv:2506.09985; the released code) keeps the candidates in a ball around zero,
 |a| <= maxnorm in every dimension, and moves the Gaussian with momentum: mean <- momentum mean + (1 - momentum) mean(E),
 and std alike. The improved CEM (iCEM, Pinneri et al., 2020, arXiv:2008.06389) draws noise whose neighbours in time are
-alike, its power spectrum 1 / f^beta, and lets some of the elites run again.
+alike, with a power spectrum 1 / f^beta, and lets some of the elites run again.
 
-MPPI (Williams et al., 2017, ICRA) weighs all candidates instead, their deviation staying what it is:
+MPPI (Williams et al., 2017, ICRA) weighs all candidates instead, and its deviation stays what it is:
 
     mean <- sum_m w_m a^(m),    w = softmax(-J / lambda)
 
@@ -19,9 +19,9 @@ Gradient descent (DINO-WM's, the released planning/gd.py) goes through the model
 
     a <- a - lr dJ/da + action_noise * n,    n ~ N(0, 1)
 
-MPC executes the first steps of the plan, looks at where it really is, and plans again from there, starting
-from what is left of the old plan (DINO-WM, Zhou et al., 2024, arXiv:2411.04983, section 3.3 and the released
-code, which executes n_taken_actions steps; the paper executes one).
+MPC executes the first steps of the plan, observes where it really is, and plans again from there, starting from what is
+left of the old plan (DINO-WM, Zhou et al., 2024, arXiv:2411.04983, section 3.3 and the released code, which executes
+n_taken_actions steps; the paper executes one).
 
     python cem.py             # a toy problem with a known optimum, and candidate-steps per second
 """
@@ -33,18 +33,27 @@ import torch
 
 
 def cem(
-    cost, mean, std, num_samples=300, topk=30, opt_steps=10, generator=None, momentum=0.0, maxnorm=float("inf"),
-    noise=torch.randn, keep=0,
-):  # fmt: skip
+    cost,
+    mean,
+    std,
+    num_samples=300,
+    topk=30,
+    opt_steps=10,
+    generator=None,
+    momentum=0.0,
+    maxnorm=float("inf"),
+    noise=torch.randn,
+    keep=0,
+):
     """Solves B planning problems at once.
 
     Args:
         cost: candidates (B, M, T, A) -> costs (B, M), lower is better.
-        mean, std: (B, T, A), where the search starts and how widely.
+        mean, std: (B, T, A), where the search starts and how widely it looks around.
         num_samples, topk, opt_steps: M candidates, of which `topk` become elites, `opt_steps` times.
         generator: a torch.Generator on the device of `mean`.
-        momentum, maxnorm: how much of the old Gaussian stays; the bound of the candidates.
-        noise, keep: what candidates are drawn by, as `torch.randn`; how many elites are candidates again (iCEM).
+        momentum, maxnorm: the share of the old Gaussian that stays, and the bound of the candidates.
+        noise, keep: draws the candidates, as `torch.randn` does; the number of elites that run again (iCEM).
     Returns the last mean, actions (B, T, A).
     Raises ValueError if there are fewer candidates than elites, or fewer than two elites.
     """
@@ -66,8 +75,10 @@ def cem(
 
 
 def coloured_noise(beta, dof):
-    """A `noise` for `cem`: normal numbers (B, M, T, A), whose A are steps of `dof` numbers in time, with a power
-    spectrum 1 / f^beta along all these steps; of variance 1."""
+    """A `noise` for `cem`: normal numbers (B, M, T, A) of variance 1 with a power spectrum 1 / f^beta in time.
+
+    The A numbers of a planner step are A / dof environment steps of `dof` numbers each; time runs through all of them.
+    """
 
     def noise(B, M, T, A, **options):
         white = torch.randn(B, M, T * A // dof, dof, **options)
@@ -82,23 +93,25 @@ def coloured_noise(beta, dof):
 
 
 def mppi(cost, mean, std, num_samples=300, opt_steps=10, temperature=0.1, generator=None):
-    """As `cem`, by weights in the place of elites. `temperature`: lambda, in standard deviations of the candidates'
-    costs, so that it suits costs of any scale."""
+    """Like `cem`, but with weighted candidates in the place of elites.
+
+    `temperature` is lambda in units of the standard deviation of the candidates' costs, so that it suits any cost.
+    """
     for _ in range(opt_steps):
         noise = torch.randn(len(mean), num_samples, *mean.shape[1:], generator=generator, device=mean.device)
         candidates = mean[:, None] + std[:, None] * noise  # (B, M, T, A)
         candidates[:, 0] = mean
         J = cost(candidates)  # (B, M)
-        weights = torch.softmax(-J / (temperature * J.std(1, keepdim=True) + 1e-9), dim=1)
-        mean = torch.einsum("bm,bmta->bta", weights, candidates)
+        w = torch.softmax(-J / (temperature * J.std(1, keepdim=True) + 1e-9), dim=1)
+        mean = torch.einsum("bm,bmta->bta", w, candidates)
     return mean
 
 
 def gradient_descent(cost, actions, opt_steps=1000, lr=1.0, action_noise=0.003, low=None, high=None, generator=None):
-    """Actions (B, T, A) down the gradient of `cost`, which sees them as (B, 1, T, A) and must be differentiable.
+    """Moves actions (B, T, A) down the gradient of `cost`, which sees them as (B, 1, T, A) and must be differentiable.
 
-    low, high: (A,), between which they are held; a cost that clips would have no gradient beyond. The release leaves
-    them free.
+    low, high: (A,), the bounds within which the actions are held, because a cost that clips has no gradient beyond
+    them. The release leaves them free.
     """
     for _ in range(opt_steps):
         actions = actions.detach().requires_grad_()
@@ -112,14 +125,14 @@ def gradient_descent(cost, actions, opt_steps=1000, lr=1.0, action_noise=0.003, 
 
 
 def mpc(plan, act, num_problems, horizon, action_dim, n_taken_actions=5, max_iter=10, device="cpu", start=torch.zeros):
-    """Receding-horizon control of `num_problems` worlds at once; a world that reached its goal is left alone.
+    """Receding-horizon control of `num_problems` worlds at once. A world that has reached its goal is left alone.
 
     Args:
         plan: (problems (B,) int array, mean (B, T, A)) -> actions (B, T, A), e.g. `cem` on what is seen there now.
-        act: (problems (B,), actions (B, n_taken_actions, A)) -> reached (B,) bool; executes and observes.
+        act: (problems (B,), actions (B, n_taken_actions, A)) -> reached (B,) bool; it executes and observes.
         horizon, action_dim: T planner steps of A numbers.
         n_taken_actions: planner steps that are executed before planning again, at most T.
-        max_iter: rounds of planning and acting, at most; one is planning in an open loop.
+        max_iter: rounds of planning and acting, at most. With one round the plan is executed in an open loop.
         start: (B, n, A) -> what the search starts from at steps that no plan has reached yet.
     Returns `success` (max_iter, num_problems) bool: whether the goal was reached within 1, 2, ... rounds.
     """
@@ -127,22 +140,22 @@ def mpc(plan, act, num_problems, horizon, action_dim, n_taken_actions=5, max_ite
         raise ValueError(f"cannot take {n_taken_actions} actions of a plan of {horizon}")
     mean = start(num_problems, horizon, action_dim).to(device)
     success = torch.zeros(max_iter, num_problems, dtype=torch.bool)
-    open_problems = np.arange(num_problems)
+    unsolved = np.arange(num_problems)
     for i in range(max_iter):
-        if len(open_problems):
-            actions = plan(open_problems, mean[open_problems])
-            reached = act(open_problems, actions[:, :n_taken_actions])
-            success[i, open_problems] = torch.as_tensor(reached)
+        if len(unsolved):
+            actions = plan(unsolved, mean[unsolved])
+            reached = act(unsolved, actions[:, :n_taken_actions])
+            success[i, unsolved] = torch.as_tensor(reached)
             left = actions[:, n_taken_actions:]  # warm start: the rest of the plan, then new steps
             new = start(len(left), n_taken_actions, action_dim).to(left)
-            mean[open_problems] = torch.cat([left, new], dim=1)
+            mean[unsolved] = torch.cat([left, new], dim=1)
         success[i] |= success[max(i - 1, 0)]
-        open_problems = np.flatnonzero(~success[i])
+        unsolved = np.flatnonzero(~success[i])
     return success
 
 
 def main():
-    """Reach a target by summing steps: the optimal plan has the sum `target`, the least-norm one is target/T."""
+    """Reaches a target by summing steps. The optimal plan has the sum `target`, the one of least norm is target / T."""
     B, M, T, A = 50, 300, 5, 10
     generator = torch.Generator().manual_seed(0)
     target = torch.randn(B, 1, A, generator=generator)
@@ -151,18 +164,21 @@ def main():
     def cost(a):
         return (a.sum(2) - target).pow(2).sum(-1)
 
-    print(f"{B} problems, {M} candidates, horizon {T}, 30 iterations; distance to the optimum at first: ", end="")
-    print(f"{target.norm(dim=-1).mean():.3f}")
-    for name, plan in {
+    planners = {
         "cem": lambda: cem(cost, mean, std, M, 30, 30, generator),
         "icem": lambda: cem(cost, mean, std, M, 30, 30, generator, noise=coloured_noise(1.0, 2), keep=9),
         "mppi": lambda: mppi(cost, mean, std, M, 30, 0.1, generator),
         "gd": lambda: gradient_descent(cost, mean, 30, 0.1, 0.0),
-    }.items():
+    }
+    print(f"{B} problems, {M} candidates, horizon {T}, 30 iterations; mean distance to the optimum")
+    print(f"start {target.norm(dim=-1).mean():.3f}")
+    for name, plan in planners.items():
         begin = time.perf_counter()
-        distance, seconds = (plan().sum(1) - target[:, 0]).norm(dim=-1).mean(), time.perf_counter() - begin
+        actions = plan()
+        seconds = time.perf_counter() - begin
+        distance = (actions.sum(1) - target[:, 0]).norm(dim=-1).mean()
         steps = 30 * B * T * (1 if name == "gd" else M)
-        print(f"{name:5} {distance:.3f} after, {steps / seconds:.3g} candidate-steps/s")
+        print(f"{name:5} {distance:.3f}, {steps / seconds:.3g} candidate-steps/s")
 
 
 if __name__ == "__main__":

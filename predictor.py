@@ -1,4 +1,4 @@
-"""Latent dynamics: three transition models behind one interface, and the world model that binds them to its eyes.
+"""Latent dynamics: three transition models behind one interface, and the world model that binds them to an encoder.
 
 `vit`, DINO-WM (Zhou et al., 2024, arXiv:2411.04983), section 3.2, as in the released code:
 
@@ -7,9 +7,9 @@
     x^_{t+1} = ViT(x_{t-H+1}, ..., x_t)              causal by frame, free within a frame
     L = mean ||[z, phi(p)]^_{t+1} - sg[z, phi(p)]_{t+1}||^2      over all H next frames in parallel
 
-The part of the output where the action stands is in no loss; a rollout overwrites it by the next action. With
-`concat_dim` 0 phi and psi are as wide as z and stand beside the N tokens as two more. The paper's text and the code
-disagree; `variant` says which of them is followed, "repository" or "paper":
+No loss looks at the part of the output where the action stands, and a rollout puts the next action there. With
+`concat_dim` 0, phi and psi are as wide as z and stand beside the N tokens as two more. Where the paper's text and the
+released code disagree, `variant` says which is followed, "repository" or "paper":
 
     psi: one linear layer, or an MLP     proprio: as above, or none     L: over all H next frames, or the last alone
 
@@ -24,12 +24,9 @@ disagree; `variant` says which of them is followed, "repository" or "paper":
     z^_{t+1} = P(a_1, s_1, z_1, ..., a_t, s_t, z_t)      causal by frame; rotary positions in time, height and width
     L = mean |z^_{t+1} - z_{t+1}|  +  mean |z^_k - z_k| over K frames imagined from the first
 
-All are trained by teacher forcing on H frames plus, with K = `rollout_steps` > 1, on K frames of their own imagination.
-
-    python predictor.py            # the shapes on their way through one forward pass, and its speed
+All are trained by teacher forcing on H frames and, with K = `rollout_steps` > 1, on K frames of their own imagination.
 """
 
-import io
 import math
 from functools import partial
 from pathlib import Path
@@ -39,23 +36,23 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from data import Parser, UserError, per_second, positive, run_script, write_atomic
-from decoders import build_decoder, from_pixels, to_pixels
 from encoders import build_encoder
-from vae_mdnrnn import load_tensors, to_tensor
-from vjepa import RotaryBlock, rotary_angles
+from lib.common import UserError, load_state, load_tensors, save_tensors, to_tensor
+from lib.decoders import build_decoder, from_pixels, to_pixels
+from lib.vjepa import RotaryBlock, rotary_angles
+from lib.weights import load_renamed, rename
 
 # ---------------------------------------------------------------------------------------------------------
-# The transition models. Each offers
-#     step(z, action) -> z        latents of T <= num_frames frames {"visual": (B, T, N, d), "proprio": (B, T, copies,
-#                                 e)} and the actions taken there (B, T, a) -> those of the T next frames; a "memory"
-#                                 among them comes back with the next window
-#     criterion                   the error that it is trained on and plans by
-#     embeds                      whether phi and psi come before it, or it takes normalised proprio and actions
-#     normalises                  whether tokens are layer-normalised, so that each has mean 0 and variance 1
-#     needs_history               whether a training rollout starts from num_frames frames, or from one, as planning
-#     rollout_steps               K, as in its paper
-#     weights                     of the visual and of the proprio's mean error in that of all numbers
+# The transition models. A frame's latents are one row of numbers, [visual (N * d), proprio (copies * e)]. A model is
+#     forward(z, action, memory)    z (B, T, N*d + copies*e) of T <= num_frames frames and the actions taken there
+#                                   (B, T, a) -> the latents of the T next frames, and what it remembers (or None)
+# and says of itself
+#     criterion                     the error that it is trained on and plans by
+#     copies                        how many copies of the proprio a frame has
+#     embeds                        whether phi and psi come before it; else it takes normalised proprio and actions
+#     normalises                    whether it wants tokens that are layer-normalised
+#     needs_history                 whether a training rollout starts from num_frames frames; else from one, as planning
+#     rollout_steps                 K, as in its paper
 
 
 def frame_causal(num_frames, tokens):
@@ -65,7 +62,7 @@ def frame_causal(num_frames, tokens):
 
 
 # With dropout, attention on the CPU keeps its scores (B, heads, L, L) for the gradient, some four times over. A layer
-# with more of them than this makes them again instead: a step of 32 windows at the paper's size then takes 13 GB.
+# with more scores than this computes them again instead: then a step of 32 windows at the paper's size takes 13 GB.
 KEPT_SCORES = 2**26
 
 
@@ -103,42 +100,52 @@ class ViTPredictor(nn.Module):
 
     Args:
         num_patches, num_frames: N tokens a frame, H frames at most.
-        dim, proprio_dim, action_dim: their sum is D, the width of a token and of the residual stream.
+        dim, proprio_dim, action_dim: d, e, a. With concat_dim 1 their sum is D, the width of a token.
         depth, heads, dim_head, mlp_dim, dropout: the paper's sizes by default.
-        concat_dim: 1, proprio and action are repeated onto every token; 0, they are two tokens more, and D = d.
-        num_proprio_repeat, num_action_repeat: how often a token has them, with concat_dim 1.
+        concat_dim: 1 repeats proprio and action onto every token; 0 makes them two tokens more, and D = d.
+        num_proprio_repeat, num_action_repeat: how many copies of them a token has, with concat_dim 1.
     """
 
     criterion = staticmethod(F.mse_loss)
     embeds, normalises, needs_history, rollout_steps = True, False, False, 1
 
     def __init__(
-        self, num_patches, num_frames, dim, proprio_dim=0, action_dim=0,
-        depth=6, heads=16, dim_head=64, mlp_dim=2048, dropout=0.1,
-        concat_dim=1, num_proprio_repeat=1, num_action_repeat=1,
-    ):  # fmt: skip
+        self,
+        num_patches,
+        num_frames,
+        dim,
+        proprio_dim=0,
+        action_dim=0,
+        depth=6,
+        heads=16,
+        dim_head=64,
+        mlp_dim=2048,
+        dropout=0.1,
+        concat_dim=1,
+        num_proprio_repeat=1,
+        num_action_repeat=1,
+    ):
         super().__init__()
-        self.concat_dim, self.repeats = concat_dim, (num_proprio_repeat, num_action_repeat)
-        if concat_dim == 1:
-            width = dim + num_proprio_repeat * proprio_dim + num_action_repeat * action_dim
-            self.weights = dim, num_proprio_repeat * proprio_dim
-        elif dim == proprio_dim == action_dim:
-            self.weights = num_patches * dim, dim
-            num_patches, width = num_patches + 2, dim
-        else:
+        if concat_dim == 0 and not dim == proprio_dim == action_dim:
             raise UserError(
-                f"--concat-dim 0 wants proprio and action as wide as a token, {dim}, not {proprio_dim} and {action_dim}"
+                f"concat_dim=0 needs proprio and action as wide as a token, {dim}, not {proprio_dim} and {action_dim}"
             )
-        self.pos_embedding = nn.Parameter(torch.randn(1, num_frames * num_patches, width))
+        self.num_patches, self.dim, self.concat_dim = num_patches, dim, concat_dim
+        self.repeats = num_proprio_repeat, num_action_repeat
+        self.copies = num_patches * num_proprio_repeat if concat_dim == 1 else 1
+        tokens, width = num_patches + 2, dim
+        if concat_dim == 1:
+            tokens, width = num_patches, dim + num_proprio_repeat * proprio_dim + num_action_repeat * action_dim
+        self.pos_embedding = nn.Parameter(torch.randn(1, num_frames * tokens, width))
         self.blocks = nn.ModuleList(
             nn.ModuleList([Attention(width, heads, dim_head, dropout), FeedForward(width, mlp_dim, dropout)])
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
-        self.register_buffer("mask", frame_causal(num_frames, num_patches), persistent=False)
+        self.register_buffer("mask", frame_causal(num_frames, tokens), persistent=False)
 
-    def forward(self, x):
-        """(B, T*N, D) -> (B, T*N, D), T <= num_frames; frame t of the output predicts frame t+1."""
+    def transformer(self, x):
+        """(B, L, D) -> (B, L, D), the tokens of whole frames; frame t of the output predicts frame t + 1."""
         L = x.shape[1]
         x = x + self.pos_embedding[:, :L]
         for attention, feed_forward in self.blocks:
@@ -146,69 +153,69 @@ class ViTPredictor(nn.Module):
             x = x + feed_forward(x)
         return self.norm(x)
 
-    def step(self, z, action):
-        parts = [z["visual"], z["proprio"], action[:, :, None]]
-        N, e = parts[0].shape[2], parts[1].shape[-1]
-        if self.concat_dim == 1:
-            for i, repeat in enumerate(self.repeats, 1):  # (B, T, 1 or N * repeat, e) -> (B, T, N, repeat * e)
-                parts[i] = parts[i].expand(-1, -1, N * repeat, -1).unflatten(2, (N, repeat)).flatten(3)
-        dim = 2 + self.concat_dim
-        x = torch.cat(parts, dim)  # (B, T, N, D), or (B, T, N + 2, d)
-        visual, proprio, _ = self(x.flatten(1, 2)).view(x.shape).split([part.shape[dim] for part in parts], dim)
-        if self.concat_dim == 1:
-            proprio = proprio.unflatten(-1, (self.repeats[0], e)).flatten(2, 3)
-        return {"visual": visual, "proprio": proprio}
+    def forward(self, z, action, memory=None):
+        N = self.num_patches
+        visual, proprio = z.split([N * self.dim, z.shape[-1] - N * self.dim], -1)
+        if self.concat_dim == 1:  # onto every token; it predicts a copy of the proprio with each of them
+            action = action.repeat(1, 1, self.repeats[1])[:, :, None].expand(-1, -1, N, -1)
+            parts = visual.unflatten(-1, (N, -1)), proprio.unflatten(-1, (N, -1)), action
+            axis = -1  # (B, T, N, D)
+        else:
+            parts = visual.unflatten(-1, (N, -1)), proprio[:, :, None], action[:, :, None]
+            axis = 2  # (B, T, N + 2, d)
+        x = torch.cat(parts, axis)
+        x = self.transformer(x.flatten(1, 2)).view(x.shape)
+        visual, proprio, _ = x.split([part.shape[axis] for part in parts], axis)
+        return torch.cat([visual.flatten(2), proprio.flatten(2)], -1), None
 
 
 class RWMPredictor(nn.Module):
-    """The Robotic World Model's transition: a GRU over history and predictions, heads for the mean and the deviation.
+    """The Robotic World Model's transition: a GRU over history and predictions, with heads for mean and deviation.
 
-    In training a sample is what the loss sees and what the next step reads; else it is the mean. As in the release the
-    GRU's state is carried on (the paper's window slides), the mean is a change of the last state, and the loss is the
-    sample's squared error, which teaches a deviation to shrink to its bound; the bounds are those from which the
-    release's learned ones start. No privileged heads: the worlds here have no such signals.
+    In training a sample is what the loss sees and what the next step reads; otherwise it is the mean. As in the release
+    the GRU's state is carried on (the paper's window slides), the mean is a change of the last state, and the loss is
+    the sample's squared error, which teaches the deviation to shrink to its bound. The bounds are those from which the
+    release's learned ones start. Deviation: no privileged heads, because the worlds here have no such signals.
 
     Args:
         num_patches, num_frames: 1 token a frame, a history of H frames at most.
         dim, proprio_dim, action_dim: d, e, a.
-        width, depth, mlp_dim: of the GRU, its layers, of the heads; the paper's (table S7) by default.
+        width, depth: of the GRU; mlp_dim: of the heads. The defaults are the paper's (table S7).
     """
 
     criterion = staticmethod(F.mse_loss)
-    embeds, normalises, needs_history, rollout_steps = False, False, True, 8
+    copies, embeds, normalises, needs_history, rollout_steps = 1, False, False, True, 8
     LOG_STD = -5.0, -4.0
 
     def __init__(self, num_patches, num_frames, dim, proprio_dim=0, action_dim=0, width=256, depth=2, mlp_dim=128):
         super().__init__()
         if num_patches != 1:
             raise UserError(f"--predictor rwm takes one token a frame, not {num_patches}: try --encoder pca or state")
-        state_dim, self.weights = dim + proprio_dim, (dim, proprio_dim)
+        state_dim = dim + proprio_dim
         self.gru = nn.GRU(state_dim + action_dim, width, depth, batch_first=True)
         self.mean, self.log_std = (
             nn.Sequential(nn.Linear(width, mlp_dim), nn.ReLU(), nn.Linear(mlp_dim, state_dim)) for _ in range(2)
         )
 
-    def forward(self, state, action, memory=None):
-        """States (B, T, d + e), actions (B, T, a), the GRU's state (depth, B, width) before them -> mean and deviation
-        of the T next states, the GRU's state after them."""
+    def distribution(self, state, action, memory=None):
+        """States (B, T, d + e), actions (B, T, a) and the GRU's state (depth, B, width) before them -> the mean and the
+        deviation of the T next states, and the GRU's state after them."""
         h, memory = self.gru(torch.cat([state, action], dim=-1), memory)  # (B, T, width): inner autoregression
         low, high = self.LOG_STD
         log_std = low + (high - low) * torch.sigmoid(self.log_std(h))
         return state + self.mean(h), log_std.exp(), memory
 
-    def step(self, z, action):
-        state, memory = torch.cat([z["visual"], z["proprio"]], dim=-1)[:, :, 0], z.get("memory")
-        if memory is not None:  # the last frame alone is new
-            state, action = state[:, -1:], action[:, -1:]
-        mean, std, memory = self(state, action, memory)
-        state = mean + std * torch.randn_like(std) if self.training else mean  # reparameterised
-        visual, proprio = state[:, :, None].split([z["visual"].shape[-1], z["proprio"].shape[-1]], dim=-1)
-        return {"visual": visual, "proprio": proprio, "memory": memory}
+    def forward(self, z, action, memory=None):
+        if memory is not None:  # only the last frame is new
+            z, action = z[:, -1:], action[:, -1:]
+        mean, std, memory = self.distribution(z, action, memory)
+        z = mean + std * torch.randn_like(std) if self.training else mean  # reparameterised
+        return z, memory
 
 
 def rotary_tables(num_frames, side, head_dim):
-    """cos and sin (L, head_dim) of the angles of frames of 2 + side^2 tokens, as V-JEPA 2-AC has them: the action and
-    the state of a frame have its time, and neither row nor column."""
+    """cos and sin (L, head_dim) for frames of 2 + side^2 tokens, as V-JEPA 2-AC has them: the action and the state of a
+    frame turn with its time alone, a patch also with its row and column."""
     patch = torch.cat([torch.zeros(2, dtype=torch.long), torch.arange(side**2)]).repeat(num_frames)
     frame = torch.arange(num_frames).repeat_interleave(2 + side**2)
     return rotary_angles(torch.stack([frame, patch // side, patch % side], -1), head_dim, released=True)
@@ -217,10 +224,9 @@ def rotary_tables(num_frames, side, head_dim):
 class ACPredictor(nn.Module):
     """V-JEPA 2-AC's transition: a transformer over frames of one action, one state and N patch tokens.
 
-    The next state is the state plus a head on its token, which the release lacks: there an action *is* the change of
-    the robot's pose. `integrate=True` adds the actions up instead (angles, too, where the release composes rotations);
-    it wants a world where that holds, and the statistics (0, 1) for both, so that their units agree. Training imagines
-    the states, too, as planning does; the release reads the true ones.
+    Deviations: the next state is the state plus what a head reads from its token, because only in the release's world
+    *is* an action the change of the state. And training imagines the states as planning does, where the release reads
+    the true ones.
 
     Args:
         num_patches, num_frames: N tokens a frame, on a square grid; H frames at most.
@@ -229,75 +235,75 @@ class ACPredictor(nn.Module):
     """
 
     criterion = staticmethod(F.l1_loss)
-    embeds, normalises, needs_history, rollout_steps = False, True, False, 2
+    copies, embeds, normalises, needs_history, rollout_steps = 1, False, True, False, 2
 
     def __init__(
-        self, num_patches, num_frames, dim, proprio_dim=7, action_dim=7,
-        width=1024, depth=24, heads=16, mlp_dim=4096, integrate=False,
-    ):  # fmt: skip
+        self,
+        num_patches,
+        num_frames,
+        dim,
+        proprio_dim=7,
+        action_dim=7,
+        width=1024,
+        depth=24,
+        heads=16,
+        mlp_dim=4096,
+    ):
         super().__init__()
         side = math.isqrt(num_patches)
         if side**2 != num_patches:
             raise UserError(f"--predictor vjepa2_ac takes a square grid of tokens a frame, not {num_patches}")
         if width % (2 * heads):
-            raise UserError(f"--width {width} is not a multiple of twice --heads {heads}")
-        if integrate and (proprio_dim == 0 or action_dim % proprio_dim):
-            raise UserError(f"actions of {action_dim} numbers are no changes of a state of {proprio_dim}")
-        self.num_patches, self.weights = num_patches, (dim, proprio_dim)
+            raise UserError(f"--sizes width={width} is not a multiple of twice heads={heads}")
+        self.num_patches, self.dim = num_patches, dim
         self.predictor_embed = nn.Linear(dim, width)
         self.action_encoder = nn.Linear(action_dim, width)
         self.state_encoder = nn.Linear(proprio_dim, width)
         self.predictor_blocks = nn.ModuleList(RotaryBlock(width, heads, mlp_dim) for _ in range(depth))
         self.predictor_norm = nn.LayerNorm(width, eps=1e-6)
         self.predictor_proj = nn.Linear(width, dim)
-        self.state_head = None if integrate else nn.Linear(width, proprio_dim)
+        self.state_head = nn.Linear(width, proprio_dim)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
-        for i, block in enumerate(self.predictor_blocks, 1):  # the deeper, the less it adds at first
+        for i, block in enumerate(self.predictor_blocks, 1):  # the deeper a block is, the less it adds at first
             for linear in (block.attn["proj"], block.mlp["fc2"]):
                 linear.weight.data /= math.sqrt(2 * i)
         tables = *rotary_tables(num_frames, side, width // heads), frame_causal(num_frames, 2 + num_patches)
         for name, table in zip(("cos", "sin", "mask"), tables, strict=True):
             self.register_buffer(name, table, persistent=False)
 
-    def forward(self, x, actions, states):
+    def transformer(self, tokens, actions, states):
         """Tokens (B, T*N, d), actions (B, T, A), states (B, T, P) -> tokens and states of the T next frames."""
-        patches = self.predictor_embed(x).unflatten(1, (-1, self.num_patches))  # (B, T, N, width)
+        patches = self.predictor_embed(tokens).unflatten(1, (-1, self.num_patches))  # (B, T, N, width)
         a, s = self.action_encoder(actions)[:, :, None], self.state_encoder(states)[:, :, None]
         x = torch.cat([a, s, patches], dim=2).flatten(1, 2)  # (B, L, width), L = T * (2 + N)
         L = x.shape[1]
         for block in self.predictor_blocks:
             x = block(x, self.cos[:L], self.sin[:L], self.mask[:L, :L])
         x = self.predictor_norm(x).unflatten(1, (-1, 2 + self.num_patches))  # (B, T, 2 + N, width)
-        if self.state_head is None:
-            change = actions.unflatten(-1, (-1, states.shape[-1])).sum(-2)  # of all actions of a model step
-        else:
-            change = self.state_head(x[:, :, 1])
-        return self.predictor_proj(x[:, :, 2:]).flatten(1, 2), states + change
+        return self.predictor_proj(x[:, :, 2:]).flatten(1, 2), states + self.state_head(x[:, :, 1])
 
-    def step(self, z, action):
-        visual, proprio = self(z["visual"].flatten(1, 2), action, z["proprio"][:, :, 0])
-        visual = F.layer_norm(visual, visual.shape[-1:]).view(z["visual"].shape)
-        return {"visual": visual, "proprio": proprio[:, :, None]}
+    def forward(self, z, action, memory=None):
+        visual, states = z.split([self.num_patches * self.dim, z.shape[-1] - self.num_patches * self.dim], -1)
+        visual = visual.unflatten(-1, (self.num_patches, self.dim))  # (B, T, N, d)
+        tokens, states = self.transformer(visual.flatten(1, 2), action, states)
+        tokens = F.layer_norm(tokens, tokens.shape[-1:]).view(visual.shape)
+        return torch.cat([tokens.flatten(2), states], -1), None
 
     def load_released(self, path):
-        """Loads a released checkpoint, or a predictor's own state dict, whole or not at all; the state head stays.
-
-        Raises UserError, naming keys, if it is of another architecture or action dimension.
-        """
-        content = load_tensors(path, "cpu")
-        state = {str(name).replace("module.", ""): tensor for name, tensor in content.get("predictor", content).items()}
-        state = {name: tensor for name, tensor in state.items() if not name.startswith("extrinsics_encoder.")}
-        own = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("state_head.")}
-        if different := sorted(own.keys() ^ state.keys()):
-            raise UserError(f"{path} is no V-JEPA 2-AC predictor: {len(different)} keys differ, e.g. {different[0]}")
-        for name in ("action_encoder.weight", "state_encoder.weight", *own):  # what it acts on comes first
-            if own[name].shape != state[name].shape:
-                theirs, ours = tuple(state[name].shape), tuple(own[name].shape)
-                raise UserError(f"{path} is a V-JEPA 2-AC predictor of another size: {name} is {theirs}, not {ours}")
-        self.load_state_dict(state, strict=False)
+        """Loads a released checkpoint, or a predictor's own state dict, whole or not at all. The state head, which the
+        release lacks, stays as it is."""
+        own = {name: tensor for name, tensor in self.state_dict().items() if name.startswith("state_head.")}
+        released = [(r"^module\.", "")]
+        unused = r"(^|\.)extrinsics_encoder\."
+        load_renamed(
+            self,
+            load_tensors(path),
+            lambda content: rename(content.get("predictor", content), released, drop=unused) | own,
+            path,
+        )
 
 
 PREDICTORS = {"vit": ViTPredictor, "rwm": RWMPredictor, "vjepa2_ac": ACPredictor}
@@ -307,41 +313,52 @@ PREDICTORS = {"vit": ViTPredictor, "rwm": RWMPredictor, "vjepa2_ac": ACPredictor
 # The world model
 
 
-class StateEncoder(nn.Module):
-    """No eyes: a frame's one token is its normalised proprio, of PointMaze the whole state (`WorldModel.encode`)."""
-
-    name, num_patches, dim, img_size = "state", 1, 0, None  # dim: as the world's
-
-
-def build_eyes(name, img_size=None, weights=None):
-    """The encoder called `name`, or the state in the place of one."""
-    return StateEncoder() if name == "state" else build_encoder(name, img_size, weights)
-
-
 class WorldModel(nn.Module):
     """Encoder + proprio + action + transition. B batch, T frames, N tokens, d their width, e the proprio's.
 
     Args:
-        encoder: from `build_eyes`, frozen.
+        encoder: from `build_encoder`, frozen.
         action_stats, proprio_stats: (mean, std) of one environment action (DoF,) and of the proprio (P,);
             actions and proprio come in the world's units and are normalised here.
-        num_hist, num_pred, frameskip: H source frames, the shift of the targets, environment steps per step.
-        emb_dim, action_emb_dim: of the embeddings phi and psi (default: as phi), for the transitions that want them.
+        num_hist, frameskip: H frames that the transition sees, environment steps per model step.
+        emb_dim, action_emb_dim: widths of phi and psi (default: the same), for the transitions that want them.
         world: where the data came from, {"env": name, "img_size": of its frames, "data": folder}.
-        predictor: the transition's name in PREDICTORS, sizes: its keyword arguments.
+        predictor: the transition's name in PREDICTORS; sizes: its keyword arguments.
         variant: "repository" or "paper", see above.
         decoder: `build_decoder`'s keyword arguments, or None for none.
     """
 
     def __init__(
-        self, encoder, action_stats, proprio_stats, num_hist=3, num_pred=1, frameskip=5, emb_dim=10, world=None,
-        predictor="vit", variant="repository", decoder=None, action_emb_dim=None, **sizes,
-    ):  # fmt: skip
+        self,
+        encoder,
+        action_stats,
+        proprio_stats,
+        num_hist=3,
+        frameskip=5,
+        emb_dim=10,
+        world=None,
+        predictor="vit",
+        variant="repository",
+        decoder=None,
+        action_emb_dim=None,
+        **sizes,
+    ):
         super().__init__()
-        self.encoder = encoder
-        self.num_hist, self.num_pred, self.frameskip, self.variant = num_hist, num_pred, frameskip, variant
-        self.emb_dim, self.action_emb_dim = emb_dim, action_emb_dim or emb_dim
-        self.world, self.predictor_name, self.sizes, self.decoder_sizes = world, predictor, sizes, decoder
+        self.config = dict(
+            encoder=encoder.name,
+            img_size=encoder.img_size,
+            num_hist=num_hist,
+            frameskip=frameskip,
+            emb_dim=emb_dim,
+            action_emb_dim=action_emb_dim,
+            world=world,
+            predictor=predictor,
+            variant=variant,
+            decoder=decoder,
+            sizes=sizes,
+        )
+        self.encoder, self.world = encoder, world
+        self.num_hist, self.frameskip, self.variant = num_hist, frameskip, variant
         for name, (mean, std) in {"action": action_stats, "proprio": proprio_stats}.items():
             repeat = frameskip if name == "action" else 1
             self.register_buffer(f"{name}_mean", torch.as_tensor(mean, dtype=torch.float32).repeat(repeat))
@@ -353,8 +370,8 @@ class WorldModel(nn.Module):
             P = 0  # its text has images and actions alone
         self.action_encoder, self.proprio_encoder, self.proprio_dim = nn.Identity(), nn.Identity(), P
         if transition.embeds:
-            a = self.action_emb_dim
-            if variant == "paper":  # an MLP, of a size that it does not say
+            a = action_emb_dim or emb_dim
+            if variant == "paper":  # an MLP, of a size that the paper does not say
                 self.action_encoder = nn.Sequential(nn.Linear(A, 64), nn.GELU(), nn.Linear(64, a))
             else:
                 self.action_encoder = nn.Linear(A, a)  # the release's Conv1d of kernel size 1
@@ -362,7 +379,7 @@ class WorldModel(nn.Module):
             if P:
                 self.proprio_encoder, self.proprio_dim = nn.Linear(P, emb_dim), emb_dim
         self.predictor = transition(encoder.num_patches, num_hist, encoder.dim, self.proprio_dim, A, **sizes)
-        # true frames that a training rollout starts from; the paper's loss leaves shorter windows untrained
+        # How many true frames a training rollout starts from. The paper's loss leaves shorter windows untrained.
         self.context = num_hist if transition.needs_history or variant == "paper" else 1
         self.decoder = build_decoder(encoder.num_patches, encoder.dim, **decoder) if decoder else None
 
@@ -371,12 +388,14 @@ class WorldModel(nn.Module):
         """A = frameskip * DoF, the length of a model step's action."""
         return len(self.action_mean)
 
+    # -- observations and actions become latents ---------------------------------------------------------------
+
     def encode(self, obs):
         """obs {"visual": frames (B, T, H, W, 3) uint8 or their tokens (B, T, N, d), "proprio": (B, T, P)} ->
         latents {"visual": (B, T, N, d), "proprio": (B, T, e)}."""
         visual, proprio = obs["visual"], (obs["proprio"] - self.proprio_mean) / self.proprio_std
         if self.encoder.name == "state":
-            visual = proprio[:, :, None]
+            visual = self.encoder(proprio)
         elif visual.dtype == torch.uint8:
             visual = self.encoder(to_tensor(visual.flatten(0, 1), visual.device)).unflatten(0, visual.shape[:2])
         visual = visual.float()
@@ -390,121 +409,119 @@ class WorldModel(nn.Module):
         """(B, T, A) in the world's units -> (B, T, a)."""
         return self.action_encoder((actions - self.action_mean) / self.action_std)
 
-    def predict(self, z, action_emb):
-        """Latents of T <= num_hist frames and the actions taken there -> latents of the T next frames; the proprio
-        (B, T, copies, e), where `vit` predicts a copy with every token and takes them, too. `rwm` adds a memory and,
-        given it, predicts the last frame's successor alone."""
-        copies = z["proprio"] if z["proprio"].ndim == 4 else z["proprio"][:, :, None]
-        return self.predictor.step(z | {"proprio": copies}, action_emb)
+    def pack(self, z):
+        """Latents as `encode` returns them -> one row of numbers a frame, (B, T, N*d + copies*e)."""
+        return torch.cat([z["visual"].flatten(2), z["proprio"].repeat(1, 1, self.predictor.copies)], -1)
+
+    def unpack(self, z):
+        """The inverse of `pack`. Of several copies of the proprio it takes the first."""
+        N, d = self.encoder.num_patches, self.encoder.dim
+        return {"visual": z[..., : N * d].unflatten(-1, (N, d)), "proprio": z[..., N * d : N * d + self.proprio_dim]}
+
+    # -- the loss, and imagination -----------------------------------------------------------------------------
 
     def error(self, predicted, target):
-        """The mean error of `predict`'s visual latents and that of the proprio, weighed as the transition says (`vit`:
-        to the mean over all numbers but the action's); and the two by themselves."""
-        (d, e), criterion = self.predictor.weights, self.predictor.criterion
-        visual = criterion(predicted["visual"], target["visual"])
-        proprio = target["proprio"][:, :, None].expand_as(predicted["proprio"])
-        proprio = criterion(predicted["proprio"], proprio) if e else visual.new_zeros(())
-        return (d * visual + e * proprio) / (d + e), visual, proprio
+        """The mean error over all numbers of packed latents, and that of the visual and of the proprio ones alone."""
+        n = self.encoder.num_patches * self.encoder.dim
+        m, criterion = target.shape[-1] - n, self.predictor.criterion
+        visual = criterion(predicted[..., :n], target[..., :n])
+        proprio = criterion(predicted[..., n:], target[..., n:]) if m else visual.new_zeros(())
+        return (n * visual + m * proprio) / (n + m), visual, proprio
 
     def loss(self, batch, rollout_steps=1, decay=1.0, grad_steps=None):
-        """Teacher forcing, one step ahead of H frames in parallel; with K = `rollout_steps` > 1 also the mean over K
-        imagined frames, the k-th weighed by decay^k, with the gradient through the last `grad_steps` (None: all).
+        """Teacher forcing, one step ahead of H frames in parallel. K = `rollout_steps` > 1 adds the mean error of K
+        imagined frames, the k-th weighed by decay^k; the gradient goes through the last `grad_steps` (None: all).
 
         batch: {"visual": tokens (B, H + K, N, d), "proprio": (B, H + K, P), "action": (B, H + K, A)}.
-        Returns the loss and its parts, {"visual", "proprio"} of the first term, each the mean over its own numbers, and
-        "rollout".
+        Returns the loss and its parts, {"visual", "proprio"} of the first term, and "rollout".
         """
-        z, H = self.encode(batch), self.num_hist
-        frames = lambda first, last: {name: latent[:, first:last] for name, latent in z.items()}  # noqa: E731
-        target = {name: latent.detach() for name, latent in z.items()}
-        after = {name: latent[:, self.num_pred : H + self.num_pred] for name, latent in target.items()}
-        predicted = self.predict(frames(0, H), self.encode_action(batch["action"][:, :H]))
+        z, H = self.pack(self.encode(batch)), self.num_hist
+        target = z.detach()
+        predicted, _ = self.predictor(z[:, :H], self.encode_action(batch["action"][:, :H]))
+        after = target[:, 1 : H + 1]
         if self.variant == "paper":  # the loss on the next frame alone
-            predicted, after = ({k: latent[:, -1:] for k, latent in part.items()} for part in (predicted, after))
+            predicted, after = predicted[:, -1:], after[:, -1:]
         loss, visual, proprio = self.error(predicted, after)
         parts = {"visual": visual.detach(), "proprio": proprio.detach()}
         if rollout_steps > 1:
             start, rollout = self.context, 0.0
-            imagined = self.rollout(frames(0, start), batch["action"][:, : start + rollout_steps - 1], grad_steps)
+            imagined = self.imagine(z[:, :start], batch["action"][:, : start + rollout_steps - 1], grad_steps)
             for k in range(rollout_steps):
-                now = slice(start + k, start + k + 1)
-                predicted = {"visual": imagined["visual"][:, now], "proprio": imagined["proprio"][:, now, None]}
-                error, *_ = self.error(predicted, {name: latent[:, now] for name, latent in target.items()})
+                error, *_ = self.error(imagined[:, start + k], target[:, start + k])
                 rollout = rollout + decay ** (k + 1) * error / rollout_steps
             loss, parts["rollout"] = loss + rollout, rollout.detach()
         return loss, parts
 
-    def rollout(self, z0, actions, grad_steps=None):
+    def rollout(self, z0, actions):
         """Imagines what `actions` lead to.
 
         z0: latents of the first frames (B, T0, ...), as `encode` returns them; planning knows one.
         actions: (B, T, A), one per frame from the first of z0 on, in the world's units.
-        grad_steps: a gradient goes from prediction to prediction through the last so many imagined frames; those before
-            them learn from their own errors alone. None: through all.
-        Returns latents of T + 1 frames. The window grows to num_hist frames, then slides; `rwm` remembers all.
+        Returns latents of T + 1 frames.
         """
-        memory, action_emb, H = {}, self.encode_action(actions), self.num_hist
-        z = z0 | {"proprio": z0["proprio"][:, :, None]}  # (B, T0, copies, e)
-        T0, cut = z0["visual"].shape[1], actions.shape[1] + 1 - grad_steps if grad_steps else 0
-        for t in range(T0, actions.shape[1] + 1):  # t frames are known
-            window = {name: latent[:, -H:] for name, latent in z.items()}
-            if cut > T0:
-                window = {k: torch.cat([v[:, :T0], v[:, T0:cut].detach(), v[:, cut:]], 1)[:, -H:] for k, v in z.items()}
-            after = self.predict(window | memory, action_emb[:, max(t - H, 0) : t])
-            memory = {k: after[k].detach() if t < cut else after[k] for k in after.keys() - z.keys()}
-            copies = z["proprio"].expand(-1, -1, after["proprio"].shape[2], -1)  # `vit` goes on from every token's own
-            z = {
-                "visual": torch.cat([z["visual"], after["visual"][:, -1:]], dim=1),
-                "proprio": torch.cat([copies, after["proprio"][:, -1:]], dim=1),
-            }
-        return z | {"proprio": z["proprio"][:, :, 0]}
+        return self.unpack(self.imagine(self.pack(z0), actions))
 
-    # -- the decoder: a window into the latents, from which nothing flows back --------------------------------
+    def imagine(self, z, actions, grad_steps=None):
+        """`rollout` in packed latents: z (B, T0, Z), actions (B, T, A) -> (B, T + 1, Z).
+
+        The window grows to num_hist frames and then slides; a transition with a memory remembers all of them. The
+        gradient goes from prediction to prediction through the last `grad_steps` imagined frames (None: through all);
+        the frames before them learn from their own errors alone.
+        """
+        a, H, T0, T = self.encode_action(actions), self.num_hist, z.shape[1], actions.shape[1]
+        cut = T + 1 - grad_steps if grad_steps else 0  # no gradient enters the frames before this one
+        frames, memory = [z], None
+        for t in range(T0, T + 1):  # t frames are known
+            after, memory = self.predictor(z[:, -H:], a[:, max(t - H, 0) : t], memory)
+            new = after[:, -1:]
+            frames.append(new)
+            if t < cut:
+                new, memory = new.detach(), None if memory is None else memory.detach()
+            z = torch.cat([z, new], dim=1)
+        return torch.cat(frames, dim=1)
+
+    # -- the decoder shows latents as pictures; nothing flows back from it --------------------------------------
 
     def decode(self, visual):
         """Visual latents (B, T, N, d) -> frames (B, T, H, W, 3) uint8."""
         return from_pixels(self.decoder(visual)[0])
 
     def decoder_loss(self, visual, frames):
-        """What the decoder learns by, and its two parts, given visual latents (B, T, N, d) and their frames
-        (B, T, H, W, 3) of 0 to 255: the error of the reconstruction, pixels being in [-1, 1], + 0.25 of the codes'."""
+        """What the decoder learns by, given visual latents (B, T, N, d) and their frames (B, T, H, W, 3) of 0 to 255:
+        the error of the reconstruction, with pixels in [-1, 1], plus 0.25 times that of the codes. Returns the two
+        parts, too."""
         images, codes = self.decoder(visual.detach())
         reconstruction = F.mse_loss(images, to_pixels(frames))
         return reconstruction + 0.25 * codes, reconstruction, codes
 
-    # -- checkpoints: tensors and plain values only, so that they load with weights_only=True ----------------
+    # -- checkpoints: tensors and plain values only, so that they load without executing anything ---------------
 
     def save(self, directory, **extra):
-        """Writes `directory`/model.pt, atomically; `extra` is for what a resumed training needs."""
-        config = dict(
-            encoder=self.encoder.name, img_size=self.encoder.img_size, num_hist=self.num_hist, num_pred=self.num_pred,
-            frameskip=self.frameskip, emb_dim=self.emb_dim, world=self.world, predictor=self.predictor_name,
-            sizes=self.sizes, variant=self.variant, decoder=self.decoder_sizes, action_emb_dim=self.action_emb_dim,
-        )  # fmt: skip
-        content = {"config": config, "model": self.state_dict(), **extra}
-        buffer = io.BytesIO()  # so that a full disk is an OSError, which torch.save would hide
-        torch.save(content, buffer)
-        write_atomic(Path(directory) / "model.pt", lambda path: path.write_bytes(buffer.getbuffer()))
+        """Writes `directory`/model.pt, atomically; `extra` is what a resumed training needs."""
+        save_tensors(Path(directory) / "model.pt", {"config": self.config, "model": self.state_dict(), **extra})
 
     @classmethod
     def load(cls, directory, device="cpu"):
         """The model that `save` wrote to `directory`, in eval mode. UserError if it is missing or not ours."""
         content = load_checkpoint(directory, device)
+        path = Path(directory) / "model.pt"
         try:
             config, state = dict(content["config"]), content["model"]
             stats = [(state[f"{name}_mean"], state[f"{name}_std"]) for name in ("action", "proprio")]
             stats[0] = tuple(s[: len(s) // config["frameskip"]] for s in stats[0])  # of one environment action
-            encoder = build_eyes(config.pop("encoder"), config.pop("img_size"), weights="random")
+            encoder = build_encoder(config.pop("encoder"), config.pop("img_size"), weights="random")
+            config.pop("num_pred", None)  # older checkpoints have it, and it is 1
             model = cls(encoder, *stats, **config.pop("sizes"), **config)
-            model.load_state_dict(state)
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            model.world["env"], model.world["img_size"], model.world["data"]
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             reason = " ".join(str(error).split())[:150]
-            raise UserError(f"{directory}/model.pt is not a checkpoint of this version ({reason})") from None
+            raise UserError(f"{path} is not a checkpoint of this version ({reason}): train it again") from None
+        load_state(model, state, path)
         return model.to(device).eval()
 
 
 def load_checkpoint(directory, device="cpu"):
-    """The dictionary in `directory`/model.pt; never executes a pickle."""
+    """The dictionary in `directory`/model.pt."""
     path = Path(directory) / "model.pt"
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}: train one with python train.py, or give --ckpt runs/NAME")
@@ -514,39 +531,14 @@ def load_checkpoint(directory, device="cpu"):
     return content
 
 
-# ---------------------------------------------------------------------------------------------------------
+def load_model(run, device="cpu", data=None, weights=None):
+    """The world model in a run's folder, in eval mode: one of ours, or one that DINO-WM released.
 
+    A released one lacks its statistics, which come from the data set `data`, and its frozen encoder, for which
+    `weights` is what `build_encoder` takes.
+    """
+    if (Path(run) / "hydra.yaml").exists() or (Path(run) / "checkpoints").exists():
+        from lib.released import load_released_model
 
-def main():
-    parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("--batch-size", type=positive, default=4)
-    batch_size = parser.parse_args().batch_size
-    for name, predictor, sizes in (
-        ("pca", "vit", dict(depth=4, heads=4, mlp_dim=512)), ("pca", "rwm", {}), ("dinov2", "vit", {}),
-        ("dinov2", "vjepa2_ac", dict(width=384, depth=6, heads=6, mlp_dim=1536)),
-    ):  # fmt: skip
-        encoder = build_encoder(name, weights="random")
-        stats = (torch.zeros(2), torch.ones(2)), (torch.zeros(4), torch.ones(4))
-        model = WorldModel(encoder, *stats, predictor=predictor, **sizes).eval()
-        size = encoder.img_size
-        obs = {
-            "visual": torch.zeros(batch_size, 3, size, size, 3, dtype=torch.uint8),
-            "proprio": torch.zeros(batch_size, 3, 4),
-        }
-        actions = torch.zeros(batch_size, 3, model.action_dim)
-        million = sum(p.numel() for p in model.predictor.parameters()) / 1e6
-        print(f"{name}, {predictor}: {million:.2f} M parameters in the predictor")
-        with torch.no_grad():
-            z = model.encode(obs)
-            after = model.predict(z, model.encode_action(actions))
-            for what, tensor in {
-                "frames": obs["visual"], "actions": actions, "visual tokens": z["visual"],
-                "proprio": z["proprio"], "predicted tokens": after["visual"],
-            }.items():  # fmt: skip
-                print(f"  {what:18} {tuple(tensor.shape)}")
-            rate = 3 * batch_size * per_second(lambda: model.predict(z, model.encode_action(actions)))  # noqa: B023
-        print(f"  {rate:.3g} frames predicted per second, batch {batch_size}\n")
-
-
-if __name__ == "__main__":
-    run_script(main)
+        return load_released_model(run, device, data, weights)
+    return WorldModel.load(run, device)

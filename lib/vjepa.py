@@ -1,32 +1,29 @@
-"""V-JEPA 2's pretraining (Assran et al., 2025, arXiv:2506.09985, section 2.1): what is hidden of a clip is predicted
-from what is seen of it, not in pixels, but in the tokens of a slow copy of the encoder itself.
+"""V-JEPA 2's pretraining (Assran et al., 2025, arXiv:2506.09985, section 2.1). A part of each clip is hidden, and is
+predicted from the rest. The target is not the hidden pixels, but their tokens from a slow copy of the encoder itself.
 
-    L = mean |P(E(x_seen), m) - sg(LN(E'(x)))|         over the hidden places; m: a mask token with their positions
-    E' <- momentum E' + (1 - momentum) E               E, E': video ViTs; P: a smaller transformer
+    L = mean |P(E(x_seen), m) - sg(LN(E'(x)))|         over the hidden places
+    E' <- momentum E' + (1 - momentum) E
 
-`vjepa_tiny` of encoders.py is trained with it; V-JEPA 2-AC, in predictor.py, has its blocks.
-
-    python vjepa.py            # what the masks hide
+E and E' are video ViTs, P is a smaller transformer, and m is a mask token with the positions of the hidden places.
+The encoder `vjepa_tiny` is trained in this way, and the predictor V-JEPA 2-AC is made of the same blocks.
 """
 
 import copy
-import math
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vae_mdnrnn import fit
+from lib.common import fit
 
-MASKS = (8, 0.15, 0.5), (2, 0.7, 0.5)  # short and long range: blocks, their share of a frame, of the clip
+MASKS = (8, 0.15, 0.5), (2, 0.7, 0.5)  # how many boxes hide a clip, their share of a frame, their share of the clip
 
 
 def rotary_angles(position, head_dim, released=False):
-    """cos and sin (..., L, head_dim) of the angles of positions (..., L, 3) in time, row and column.
+    """cos and sin (..., L, head_dim) of the angles that belong to positions (..., L, 3) in time, row and column.
 
-    A head's width is cut into three even sections, one for each, and an unrotated rest. With `released` the two numbers
-    of a pair turn by different angles: a slip that V-JEPA 2's weights were trained with.
-    """
+    A head is cut into three even sections, one each for time, row and column; the rest of it is not rotated. With
+    `released`, the two numbers of a pair turn by different angles: V-JEPA 2's weights were trained with this slip."""
     section = 2 * (head_dim // 3 // 2)
     omega = 10000.0 ** (-torch.arange(section // 2, device=position.device) / (section / 2))
     angle = position[..., None] * omega  # (..., L, 3, section / 2)
@@ -36,13 +33,13 @@ def rotary_angles(position, head_dim, released=False):
 
 
 def rotate(x, cos, sin):
-    """Turns the pairs (0, 1), (2, 3), ... of x (..., L, head_dim)."""
+    """Rotates the pairs (0, 1), (2, 3), ... of x (..., L, head_dim)."""
     turned = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
     return x * cos + turned * sin
 
 
 class RotaryBlock(nn.Module):
-    """A pre-norm transformer block with rotary positions; its parameters are named as in V-JEPA 2's release."""
+    """A pre-norm transformer block with rotary positions. Its parameters have the names of V-JEPA 2's release."""
 
     def __init__(self, width, heads, mlp_dim):
         super().__init__()
@@ -60,7 +57,7 @@ class RotaryBlock(nn.Module):
 
 
 class RotaryTransformer(nn.Module):
-    """Tokens (B, L, dim) at the places `index` (B, L) of a grid (T, side, side) -> (B, L, dim)."""
+    """A transformer on tokens (B, L, dim) that lie at the places `index` (B, L) of a grid (T, side, side)."""
 
     def __init__(self, grid, dim, depth, heads):
         super().__init__()
@@ -78,8 +75,8 @@ class RotaryTransformer(nn.Module):
 
 
 class VideoViT(nn.Module):
-    """Clips (B, T, 3, s, s) -> the tokens (B, L, dim) of their tubelets of 2 x patch x patch pixels, or of those at the
-    places `keep` (B, L') alone, which then know nothing of the others."""
+    """Clips (B, T, 3, s, s) -> tokens (B, L, dim), one for each tubelet of 2 x patch x patch pixels. With places `keep`
+    (B, L') it sees only the tubelets that are there, and gives (B, L', dim)."""
 
     def __init__(self, grid, patch, dim, depth, heads):
         super().__init__()
@@ -94,7 +91,7 @@ class VideoViT(nn.Module):
 
 
 class MaskedPredictor(nn.Module):
-    """Tokens (B, L', dim) of the places `context` (B, L') -> those of the places `target` (B, M), (B, M, dim)."""
+    """Predicts tokens (B, M, dim) at the places `target` (B, M) from those (B, L', dim) at `context` (B, L')."""
 
     def __init__(self, grid, dim, width, depth, heads):
         super().__init__()
@@ -103,17 +100,17 @@ class MaskedPredictor(nn.Module):
         self.transformer = RotaryTransformer(grid, width, depth, heads)
 
     def forward(self, tokens, context, target):
-        masked = self.mask_token.expand(*target.shape, -1)  # a place's position comes in with the attention
+        masked = self.mask_token.expand(*target.shape, -1)  # the attention's rotation adds the positions
         x = torch.cat([self.embed(tokens), masked], 1)
         return self.proj(self.transformer(x, torch.cat([context, target], 1))[:, -target.shape[1] :])
 
 
 def block_masks(count, grid, blocks, area, duration):
-    """The places that the encoder sees and those to be predicted, (count, L') and (count, M), in clips of a grid of
-    (T, side, side) tokens: hidden is what `blocks` blocks cover, each over `area` of a frame, `duration` of the clip.
+    """Draws the places that the encoder sees, (count, L'), and those that are hidden, (count, M), for `count` clips.
 
-    As in the release a batch shares the blocks' shape, and all clips keep as many of either as the one that has least.
-    """
+    A clip is a grid of (T, side, side) tokens, in which `blocks` boxes at random places hide what they cover. Each box
+    covers the share `area` of a frame and `duration` of the clip. As in the release, all boxes of a batch have one
+    shape, and every clip keeps as many seen and as many hidden places as the clip that has the fewest."""
     T, side, _ = grid
     place = torch.cartesian_prod(*(torch.arange(n) for n in grid))  # (T * side^2, 3)
     aspect = torch.empty(()).uniform_(0.75, 1.5)
@@ -122,7 +119,7 @@ def block_masks(count, grid, blocks, area, duration):
     start = (torch.rand(count, blocks, 1, 3) * (torch.tensor(grid) - size + 1)).floor()
     hidden = ((place >= start) & (place < start + size)).all(-1).any(1)  # (count, T * side^2)
     seen = (~hidden).sum(1).min()
-    order = (hidden + torch.rand(hidden.shape)).argsort(1)  # what is seen comes first; both in random order
+    order = (hidden + torch.rand(hidden.shape)).argsort(1)  # the seen places come first; both kinds are shuffled
     return order[:, :seen], order[:, len(place) - hidden.sum(1).min() :]
 
 
@@ -134,7 +131,7 @@ def follow(average, model, momentum):
 
 
 def pretrain(average, draw, grid, steps, momentum, seed=0, lr=1e-3):
-    """Fits the video ViT `average`, E', in place: `draw()` gives clips (B, T, 3, s, s), whose tokens lie in `grid`."""
+    """Trains the video ViT `average` (E') in place. `draw()` gives clips (B, T, 3, s, s) with `grid` tokens each."""
     encoder, dim = copy.deepcopy(average).requires_grad_(True), average.embed.out_channels
     predictor = MaskedPredictor(grid, dim, dim, depth=2, heads=2).to(average.embed.weight.device)
 
@@ -151,18 +148,3 @@ def pretrain(average, draw, grid, steps, momentum, seed=0, lr=1e-3):
         return {"loss": error, "std": (h - h.mean(0)).std()}
 
     fit(nn.ModuleList([encoder, predictor]), loss, steps, lr, seed, "train V-JEPA")
-
-
-def main(grid=(4, 4, 4)):
-    """Prints what each kind of mask leaves of a clip: a frame's tokens in a square, time to the right."""
-    for blocks, area, duration in MASKS:
-        context, _ = block_masks(1, grid, blocks, area, duration)
-        seen = torch.zeros(math.prod(grid), dtype=torch.bool).index_fill(0, context[0], True)
-        share = f"{seen.sum()} of {len(seen)} places are seen"
-        print(f"{blocks} blocks, each of {area:.0%} of a frame and {duration:.0%} of the clip: {share}")
-        for row in seen.view(grid).movedim(1, 0).tolist():
-            print("   ".join(" ".join(".#"[not place] for place in frame) for frame in row))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,453 @@
+"""What every script shares: how a user's error ends, how flags are read, how files are written whole or not at all,
+how tensors are read without executing anything, the plain training loop, and worker processes."""
+
+import argparse
+import contextlib
+import ctypes
+import errno
+import io
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+import time
+import uuid
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+try:
+    import fcntl  # Unix alone has it; without it nothing tells a killed process's leftovers from another's work
+except ImportError:
+    fcntl = None
+
+DISK_ERRORS = {getattr(errno, name) for name in "ENOSPC EDQUOT EACCES EPERM EROFS ENOTDIR EISDIR ENOENT "
+               "ENAMETOOLONG".split() if hasattr(errno, name)}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Errors, flags
+
+
+class UserError(Exception):
+    """Something that the user can put right. Its text is one line that says what to do."""
+
+
+def run_script(main):
+    """Runs a script's `main`. An error that a user can cause becomes one line on stderr and exit code 2."""
+    try:
+        return main()
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        message = f"cannot write {error.filename or 'the output'}: {error.strerror}"
+    except (MemoryError, RuntimeError) as error:  # torch's allocators raise a RuntimeError
+        reason = " ".join(str(error).split())
+        if not isinstance(error, MemoryError) and "memory" not in reason and "allocate" not in reason:
+            raise
+        message = f"there is not enough memory ({reason[:100]}): choose smaller sizes or a smaller --batch-size"
+    except KeyboardInterrupt:
+        sys.exit(130)
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of every script: --help shows the defaults, and a wrong flag is a UserError."""
+
+    class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):
+            unsaid = action.default is None or action.default is False
+            return action.help if unsaid else super()._get_help_string(action)
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=self.Formatter, allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def number(kind, low, high, open_low=False):
+    """An `argparse` type: a finite number of the type `kind` in [low, high], or in (low, high] with `open_low`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value if open_low else low <= value) or not value <= high:  # a NaN fails every comparison
+            what = "a whole number" if kind is int else "a number"
+            at_least = "above" if open_low else "of at least"
+            raise argparse.ArgumentTypeError(f"{text} is not {what} {at_least} {low:g} and at most {high:g}")
+        return value
+
+    return parse
+
+
+natural, positive = number(int, 0, 10**7), number(int, 1, 10**7)
+seed_number = number(int, 0, 2**31 - 1)  # what NumPy, torch and CMA-ES all take
+above_zero = number(float, 0, 1e6, open_low=True)
+
+
+def names(known):
+    """An `argparse` type: "a,b,c", each of them one of `known`, each once."""
+
+    def parse(text):
+        chosen = list(dict.fromkeys(name for name in text.split(",") if name))
+        if unknown := [name for name in chosen if name not in known]:
+            raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}; known: {', '.join(known)}")
+        return chosen
+
+    return parse
+
+
+def key_values(text):
+    """An `argparse` type: "depth=2,heads=4" becomes {"depth": "2", "heads": "4"}; `settings` reads the values."""
+    pairs = dict(pair.partition("=")[::2] for pair in text.split(",") if pair)
+    if empty := [name for name, value in pairs.items() if not value]:
+        raise argparse.ArgumentTypeError(f"{empty[0]} has no value; the form is NAME=VALUE,NAME=VALUE")
+    return pairs
+
+
+def settings(flag, given, known):
+    """The values of `known` {name: (default, parse)} where `given`, what `key_values` read, says nothing else."""
+    if unknown := given.keys() - known.keys():
+        raise UserError(f"{flag} has no {', '.join(sorted(unknown))} here; it knows {', '.join(known) or 'none'}")
+    values = {name: default for name, (default, _) in known.items()}
+    for name, text in given.items():
+        try:
+            values[name] = known[name][1](text)
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise UserError(f"{flag} {name}={text}: {error}") from None
+    return values
+
+
+def choice(*options):
+    """A `parse` for `settings`: one of these words."""
+
+    def parse(text):
+        if text not in options:
+            raise ValueError(f"choose from {', '.join(options)}")
+        return text
+
+    return parse
+
+
+def available_device(text):
+    """An `argparse` type: the name of a device on which torch can compute here."""
+    try:
+        torch.zeros(1, device=text).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise argparse.ArgumentTypeError(f"torch cannot use the device '{text}' here") from None
+    return text
+
+
+def default_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Folders and files
+
+
+def output_folder(root, name):
+    """root/name as a path. UserError unless it is a folder strictly below `root`."""
+    path = Path(root, name)
+    if Path(root).resolve() not in path.resolve().parents:
+        raise UserError(f"--name {name} is not a folder below {root}/: choose another --name")
+    return path
+
+
+def same_flags(directory, flags):
+    """A run goes on with the flags that it was begun with: UserError that names those that differ from args.json."""
+    path = Path(directory) / "args.json"
+    if not path.exists():
+        return
+    before, now = read_json(path), json.loads(json.dumps(flags))
+    if different := sorted(name for name in now.keys() | before.keys() if before.get(name) != now.get(name)):
+        was = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}" for name in different)
+        raise UserError(f"{directory} was begun with other flags ({was}): give these, or remove it")
+
+
+@contextlib.contextmanager
+def partial(path, folder=False):
+    """Yields a temporary file or folder beside `path`, which is renamed to `path` when the block has ended well.
+
+    The temporary one is locked while it is written. So the next writer of the same name can tell what a killed
+    process has left behind, and removes it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{path.stem}.*.partial{path.suffix}"):
+        if not is_locked(left):
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
+    lock = None
+    try:
+        temporary.mkdir() if folder else temporary.touch()
+        lock = os.open(temporary, os.O_RDONLY) if fcntl else None
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield temporary
+        if not folder:
+            temporary.replace(path)
+        elif not path.exists():  # or another process has made the same folder meanwhile
+            temporary.rename(path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+        shutil.rmtree(temporary, ignore_errors=True) if folder else temporary.unlink(missing_ok=True)
+
+
+def is_locked(path):
+    """Whether another process is writing the temporary file or folder `path` now."""
+    if not fcntl:
+        return True
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except OSError:
+        return True
+    finally:
+        os.close(file)
+
+
+def write_atomic(path, content):
+    """Writes bytes or text, or what `content(temporary_path)` writes: `path` is either whole or as it was before."""
+    with partial(path) as temporary:
+        if callable(content):
+            content(temporary)
+        else:
+            temporary.write_bytes(content if isinstance(content, bytes | memoryview) else content.encode())
+
+
+def write_json(path, content):
+    write_atomic(path, json.dumps(content, indent=1))
+
+
+def read_json(path):
+    """The dictionary in a .json file of ours. UserError if it is damaged."""
+    try:
+        return dict(json.loads(Path(path).read_text()))
+    except PermissionError:
+        raise UserError(f"cannot read {path}: you lack the permission") from None
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(f"{path} is damaged: remove it and give the command again") from None
+
+
+def write_csv(path, rows):
+    """Writes the dictionaries `rows` as a table. A cell is empty where a row lacks a value."""
+    header = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [header] + [[str(row.get(name, "")) for name in header] for row in rows]
+    write_atomic(path, "".join(",".join(line) + "\n" for line in lines))
+
+
+class NpyWriter:
+    """A .npy file that grows by rows. Its header has room for any number of rows, and `close` fills it in."""
+
+    def __init__(self, path, row_shape, dtype):
+        self.file, self.shape, self.dtype, self.rows = open(path, "wb"), tuple(row_shape), np.dtype(dtype), 0
+        self._header()
+
+    def _header(self):
+        descr = np.lib.format.dtype_to_descr(self.dtype)
+        header = {"descr": descr, "fortran_order": False, "shape": (self.rows, *self.shape)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+    def append(self, rows):
+        self.file.write(np.ascontiguousarray(rows, self.dtype))
+        self.rows += len(rows)
+
+    def close(self):
+        self.file.seek(0)
+        self._header()
+        self.file.close()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Tensors
+
+
+def save_tensors(path, content):
+    """Writes tensors and plain values, as torch.save does. A full disk is an OSError, which torch.save would hide."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomic(path, buffer.getbuffer())
+
+
+def load_tensors(path, device="cpu", kind=dict, **options):
+    """What torch.save wrote to `path`, if it is tensors and plain values. It never executes a pickle.
+
+    UserError if the file is missing, unreadable, damaged or holds something other than a `kind`.
+    """
+    try:
+        content = torch.load(path, map_location=device, weights_only=True, **options)
+    except FileNotFoundError:
+        raise UserError(f"no file at {path}") from None
+    except PermissionError:
+        raise UserError(f"cannot read {path}: you lack the permission") from None
+    except Exception:  # a damaged file can fail in any way
+        content = None
+    if not isinstance(content, kind):
+        raise UserError(f"{path} is damaged, or does not hold a {kind.__name__.lower()} of torch.save")
+    return content
+
+
+def load_state(model, state, path):
+    """Loads a `state_dict` that was read from `path`. UserError if it is of other sizes or not finite."""
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"{path} does not fit the model that is asked for ({reason})") from None
+    check_finite(model, path)
+
+
+def check_finite(model, path):
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{path} is damaged: {name} holds numbers that are not finite")
+
+
+def to_tensor(frames, device="cpu"):
+    """uint8 frames (B, H, W, 3) -> float images (B, 3, H, W) in [0, 1]."""
+    frames = torch.as_tensor(frames if torch.is_tensor(frames) else np.array(frames), device=device)
+    return frames.permute(0, 3, 1, 2).float() / 255
+
+
+def to_frames(images):
+    """float images (B, 3, H, W) in [0, 1] -> uint8 frames (B, H, W, 3): the inverse of `to_tensor`."""
+    return (images.permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
+
+
+def fit(model, loss, steps, lr, seed, name, path=None, config=None, clip=None):
+    """Fits `model` in place by `steps` steps of Adam on `loss()["loss"]`. The learning rate follows a cosine.
+
+    With a `path` the model is kept there when it is done, with its `config`, for `load_fitted`; and a run that was
+    killed goes on. Step n draws from a generator seeded by (seed, n) alone, so that it ends with the same weights as a
+    run that was not killed. A .csv of the losses is written beside it.
+    """
+    if path and path.exists():
+        load_state(model, load_fitted_tensors(path)["model"], path)
+        return model.eval()
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    first, log, unfinished = 0, [], path and path.with_suffix(".unfinished.pt")
+    if path and unfinished.exists():
+        saved = load_fitted_tensors(unfinished)
+        load_state(model, saved["model"], unfinished)
+        optimizer.load_state_dict(saved["optimizer"])
+        first, log = saved["step"], saved["log"]
+    model.train()
+    saved_at = time.monotonic()
+    bar = tqdm(range(first, steps), desc=name, initial=first, total=steps)
+    for step in bar:
+        torch.manual_seed(seed * 1_000_003 + step)
+        optimizer.param_groups[0]["lr"] = lr * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
+        losses = loss()
+        if not torch.isfinite(losses["loss"]):
+            raise UserError(f"{name}: the loss is {losses['loss'].item()} at step {step}: try a smaller learning rate")
+        optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()
+        if clip:
+            nn.utils.clip_grad_value_(model.parameters(), clip)
+        optimizer.step()
+        if step % 20 == 0 or step == steps - 1:
+            log.append({"step": step, **{k: v.item() for k, v in losses.items()}})
+            bar.set_postfix({k: f"{v:.4g}" for k, v in log[-1].items() if k != "step"})
+        if path and time.monotonic() - saved_at > 30:
+            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, log=log)
+            save_tensors(unfinished, {"config": config, **state})
+            saved_at = time.monotonic()
+    if path:
+        write_csv(path.with_suffix(".csv"), log)
+        save_tensors(path, {"config": config, "model": model.state_dict()})
+        unfinished.unlink(missing_ok=True)
+    return model.eval()
+
+
+def load_fitted(kind, path):
+    """The model of class `kind` that `fit` kept in `path`, in eval mode."""
+    saved = load_fitted_tensors(path)
+    try:
+        model = kind(**saved["config"])
+    except (TypeError, KeyError, ValueError, RuntimeError):
+        raise UserError(
+            f"{path} does not hold a {kind.__name__} of this version: remove it, and train it again"
+        ) from None
+    load_state(model, saved["model"], path)
+    return model.eval()
+
+
+def load_fitted_tensors(path):
+    saved = load_tensors(path)
+    if not {"config", "model"} <= saved.keys():
+        raise UserError(f"{path} does not hold a model of this project: remove it, and train it again")
+    return saved
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Processes, time
+
+
+class Workers:
+    """A pool of processes, each begun with `initializer(*initargs)`: `with Workers(...) as pool: pool.map(...)`."""
+
+    def __init__(self, workers, initializer=None, initargs=()):
+        spawn = multiprocessing.get_context("spawn")  # a forked copy of threads or of a renderer hangs
+        self.pool = ProcessPoolExecutor(workers, spawn, _begin_worker, (initializer, initargs))
+
+    def map(self, function, items, chunksize=4):
+        """Yields `function(item)` in order. UserError if a worker process dies."""
+        try:
+            yield from self.pool.map(function, list(items), chunksize=chunksize)
+        except BrokenProcessPool:
+            raise UserError("a worker process died (did the memory run out?): try fewer --workers") from None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker(initializer, initargs):
+    """A worker ends with its parent: left alone, it would wait for work for ever."""
+    parent = multiprocessing.parent_process().sentinel
+    wait = multiprocessing.connection.wait
+    threading.Thread(target=lambda: (wait([parent]), os._exit(1)), daemon=True).start()
+    if initializer is not None:
+        initializer(*initargs)
+
+
+def keep_freed_memory():
+    """Tells glibc to keep freed memory. Planning on a CPU needs the same large blocks over and over, and new pages for
+    them took a quarter of its time. It changes nothing elsewhere."""
+    with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+            ctypes.CDLL("libc.so.6").mallopt(option, value)
+
+
+def per_second(call, seconds=1):
+    """How many times a second `call()` can be made."""
+    start, n = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        call()
+        n += 1
+    return n / (time.perf_counter() - start)

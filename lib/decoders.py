@@ -1,0 +1,150 @@
+"""Decoders paint the frame of a latent. The picture is for people: no plan uses it, and no gradient flows back from it.
+
+DINO-WM (Zhou et al., 2024, arXiv:2411.04983, section 3.2 and appendix; the released models/vqvae.py and
+models/decoder/transposed_conv.py) trains a decoder q beside the transition model, on latents cut off from the graph:
+
+    L = mean (q(sg[z]) - o)^2 + 0.25 mean (sg[e_k] - sg[z])^2             o: the frame, its pixels in [-1, 1]
+
+`VQVAEDecoder` paints from a square grid of N patch tokens. It is the upper half of a VQ-VAE (van den Oord et al., 2017,
+arXiv:1711.00937), and can first replace each token by e_k, the nearest of its codes. The codes have no gradient: they
+follow the tokens by a moving average (appendix A.1 there), so with a frozen encoder the second term teaches nothing
+and only measures their distance. `TransposedConvDecoder` paints from the one token of a frame.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lib.common import UserError
+
+
+class Quantize(nn.Module):
+    """Replaces every vector by the nearest of `n_embed` codes, which follow the mean of the vectors that chose them."""
+
+    def __init__(self, dim, n_embed, decay=0.99, eps=1e-5):
+        super().__init__()
+        self.decay, self.eps = decay, eps
+        self.register_buffer("embed", torch.randn(dim, n_embed))
+        self.register_buffer("cluster_size", torch.zeros(n_embed))
+        self.register_buffer("embed_avg", self.embed.clone())
+
+    def forward(self, x):
+        """(..., d) -> codes (..., d) and their mean squared distance."""
+        with torch.autocast(x.device.type, enabled=False):  # a moving average needs full precision
+            x = x.float()
+            flat = x.flatten(0, -2)
+            distance = flat.square().sum(1, keepdim=True) - 2 * flat @ self.embed + self.embed.square().sum(0)
+            chosen = distance.argmin(1)
+            codes = self.embed.T[chosen].view_as(x)
+            if self.training:
+                self.follow(flat, chosen)
+            return codes, (codes - x).square().mean()
+
+    @torch.no_grad()
+    def follow(self, flat, chosen):
+        one_hot = F.one_hot(chosen, self.embed.shape[1]).to(flat.dtype)  # (n, n_embed)
+        self.cluster_size.lerp_(one_hot.sum(0), 1 - self.decay)
+        self.embed_avg.lerp_(flat.T @ one_hot, 1 - self.decay)
+        total, n_embed = self.cluster_size.sum(), len(self.cluster_size)
+        size = (self.cluster_size + self.eps) / (total + n_embed * self.eps) * total  # smoothed, so never zero
+        self.embed.copy_(self.embed_avg / size)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, channel, n_res_channel):
+        super().__init__()
+        convs = nn.Conv2d(channel, n_res_channel, 3, padding=1), nn.Conv2d(n_res_channel, channel, 1)
+        self.conv = nn.Sequential(nn.ReLU(), convs[0], nn.ReLU(), convs[1])
+
+    def forward(self, x):
+        return x + self.conv(x)
+
+
+class Upsample4(nn.Module):
+    """(B, i, h, w) -> (B, o, 4h, 4w)."""
+
+    def __init__(self, i, o, channel, n_res_block, n_res_channel):
+        super().__init__()
+        self.blocks = nn.Sequential(
+            nn.Conv2d(i, channel, 3, padding=1),
+            *(ResBlock(channel, n_res_channel) for _ in range(n_res_block)),
+            nn.ReLU(),
+            nn.ConvTranspose2d(channel, channel // 2, 4, stride=2, padding=1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(channel // 2, o, 4, stride=2, padding=1),
+        )
+
+    def forward(self, x):
+        return self.blocks(x)
+
+
+class VQVAEDecoder(nn.Module):
+    """A grid of patch tokens -> images: each token becomes 16 x 16 pixels, and the result is resized to `img_size`. Its
+    names and default sizes are the release's. With `quantize`, tokens first become the nearest of `n_embed` codes."""
+
+    def __init__(self, dim, img_size, channel=384, n_res_block=4, n_res_channel=128, quantize=False, n_embed=2048):
+        super().__init__()
+        self.img_size, self.quantize = img_size, quantize
+        self.quantize_b = Quantize(dim, n_embed)  # the release has it in any case
+        self.upsample_b = Upsample4(dim, dim, channel, n_res_block, n_res_channel)
+        self.dec = Upsample4(dim, 3, channel, n_res_block, n_res_channel)
+
+    def forward(self, z):
+        """Tokens (B, T, N, d) -> images (B, T, 3, H, W) in [-1, 1], and the mean squared distance to the codes."""
+        side = math.isqrt(z.shape[2])
+        x, distance = self.quantize_b(z) if self.quantize else (z, z.new_zeros(()))
+        x = x.flatten(0, 1).unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (B * T, d, side, side)
+        return resize(self.dec(self.upsample_b(x)), self.img_size).unflatten(0, z.shape[:2]), distance
+
+
+class TransposedConvDecoder(nn.Module):
+    """One token a frame -> images, by a linear layer, transposed convolutions that each triple the side, and a resize.
+    The release has five of them, 32, 8, 4, 2 and 1 times `depth` wide, and makes 224 pixels of their 243. Smaller
+    images need fewer."""
+
+    def __init__(self, dim, img_size, depth=64):
+        super().__init__()
+        self.img_size, steps = img_size, min(5, math.ceil(math.log(img_size, 3)))
+        widths = [depth * k for k in (32, 8, 4, 2, 1)[:steps]] + [3]
+        layers = [nn.Linear(dim, widths[0]), nn.Unflatten(1, (widths[0], 1)), nn.Unflatten(2, (1, 1))]
+        for i, o in zip(widths, widths[1:], strict=False):
+            layers += [nn.ConvTranspose2d(i, o, 5, stride=3, padding=1), nn.ReLU()]
+        self.network = nn.Sequential(*layers[:-1])  # the names are the release's
+        for layer in self.network:
+            if hasattr(layer, "weight"):
+                nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, z):
+        """Tokens (B, T, 1, d) -> images (B, T, 3, H, W) in [-1, 1], and 0, since it has no codes."""
+        return resize(self.network(z.flatten(0, 2)), self.img_size).unflatten(0, z.shape[:2]), z.new_zeros(())
+
+
+def resize(images, size):
+    """(B, 3, h, w) -> (B, 3, size, size), bilinear."""
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
+
+
+def build_decoder(num_patches, dim, **sizes):
+    """The decoder for latents of N tokens of d numbers. UserError if there is none."""
+    if num_patches == 1:
+        if sizes.get("quantize"):
+            raise UserError("--decoder vq makes codes of patch tokens, but here is one token a frame: --decoder plain")
+        return TransposedConvDecoder(dim, **sizes)
+    if math.isqrt(num_patches) ** 2 != num_patches:
+        raise UserError(f"--decoder needs a square grid of tokens, not {num_patches}")
+    return VQVAEDecoder(dim, **sizes)
+
+
+def to_pixels(frames):
+    """Frames (B, T, H, W, 3) of 0 to 255 -> images (B, T, 3, H, W) in [-1, 1]."""
+    return frames.movedim(-1, -3) / 127.5 - 1
+
+
+def from_pixels(images):
+    """The inverse of `to_pixels`: images (B, T, 3, H, W), clipped to [-1, 1] -> uint8 frames (B, T, H, W, 3)."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()

@@ -1,0 +1,162 @@
+"""All that is drawn, and how good a picture is: films, strips, plots, grids of pictures; PSNR, SSIM and LPIPS.
+
+Every picture is made in memory and then written whole, so that a full disk leaves no half of one."""
+
+import functools
+import io
+import math
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from lib.common import write_atomic
+
+
+def psnr(images, truth):
+    """The peak signal-to-noise ratio of images (B, 3, H, W) in [0, 1], in dB. As in DINO-WM's release, it is computed
+    over all images together."""
+    return -10 * (images - truth).square().mean().log10()
+
+
+def ssim(images, truth):
+    """The structural similarity of images (B, 3, H, W) in [0, 1] (Wang et al., 2004), averaged over windows and images:
+
+    (2 m_x m_y + c_1) (2 s_xy + c_2) / ((m_x^2 + m_y^2 + c_1) (s_x^2 + s_y^2 + c_2))
+
+    m_x, s_x^2 and s_xy are means, variances and covariances in a Gaussian window of 11 x 11 pixels.
+    """
+    line = torch.exp(-((torch.arange(11.0, device=images.device) - 5) ** 2) / (2 * 1.5**2))
+    window = (line[:, None] * line / line.sum() ** 2).expand(3, 1, 11, 11)
+
+    def mean(x):
+        return F.conv2d(x, window, padding=5, groups=3)
+
+    m_x, m_y = mean(images), mean(truth)
+    s_x, s_y, s_xy = mean(images**2) - m_x**2, mean(truth**2) - m_y**2, mean(images * truth) - m_x * m_y
+    c_1, c_2 = 0.01**2, 0.03**2
+    return ((2 * m_x * m_y + c_1) * (2 * s_xy + c_2) / ((m_x**2 + m_y**2 + c_1) * (s_x + s_y + c_2))).mean()
+
+
+@functools.cache
+def perceptual_metric():
+    """LPIPS (Zhang et al., 2018, arXiv:1801.03924) on VGG-16, as a function of two batches of images. None where
+    torch's cache does not hold torchvision's weights of VGG-16."""
+    if not Path(torch.hub.get_dir(), "checkpoints", "vgg16-397923af.pth").is_file():
+        return None
+    import lpips  # here, since the import takes seconds
+
+    return lpips.LPIPS(net="vgg", verbose=False)
+
+
+@torch.no_grad()
+def likeness(frames, truth):
+    """Compares uint8 frames (..., H, W, 3) with the true ones: {"psnr", "ssim"}, and "lpips" if VGG-16 is at hand."""
+    x, y = (torch.from_numpy(f.reshape(-1, *f.shape[-3:])).permute(0, 3, 1, 2) / 255 for f in (frames, truth))
+    scores = {"psnr": psnr(x, y).item(), "ssim": ssim(x, y).item()}
+    if metric := perceptual_metric():
+        scores["lpips"] = metric(x, y, normalize=True).mean().item()
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Films and strips
+
+
+def beside(*panels):
+    """Joins films (T, H, W, 3) side by side into one, (T, H, W', 3). A panel (1, H, W, 3) is a picture that stands
+    still."""
+    length, gap = max(map(len, panels)), np.full((1, panels[0].shape[1], 2, 3), 255, np.uint8)
+    panels = [part for panel in panels for part in (panel, gap)][:-1]
+    return np.concatenate([np.broadcast_to(part, (length, *part.shape[1:])) for part in panels], axis=2)
+
+
+def write_gif(path, film, duration=50):
+    """Writes a uint8 film (T, H, W, 3), `duration` milliseconds a frame. Small frames are enlarged."""
+    scale = max(1, 256 // film.shape[1])
+    film = film.repeat(scale, axis=1).repeat(scale, axis=2)
+    write_atomic(path, imageio.imwrite("<bytes>", film, extension=".gif", duration=duration, loop=0))
+
+
+def write_strips(path, *films):
+    """Writes one picture with a row for each uint8 film (T, H, W, 3). Time runs to the right."""
+    rows = [np.concatenate(np.pad(film, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255), 1) for film in films]
+    write_atomic(path, imageio.imwrite("<bytes>", np.concatenate(rows), extension=".png"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Plots
+
+
+def new_figure(figsize):
+    """A figure without pyplot: it draws with Agg, needs no display and does not have to be closed."""
+    from matplotlib.figure import Figure  # here, since the import takes half a second
+
+    return Figure(figsize=figsize, layout="constrained")
+
+
+def save_figure(path, figure, dpi):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    write_atomic(path, buffer.getvalue())
+
+
+def write_plot(path, lines, bands=(), figsize=(5, 3.2), legend="best", **axes):
+    """Draws a line plot over a count, such as steps or epochs.
+
+    Args:
+        lines: (x, y, style, label), with a style of matplotlib's such as "o-" or "C1:", and None for no label.
+        bands: (x, low, high); the first band has the colour of the first line, and so on.
+        legend: where it stands in the plot, or "outside" for the right of it.
+        axes: what `Axes.set` takes: xlabel, ylabel, yscale, ylim, title.
+    """
+    figure = new_figure(figsize)
+    plot = figure.subplots()
+    plot.xaxis.get_major_locator().set_params(integer=True)
+    curves = [plot.plot(x, y, style, ms=3, label=label)[0] for x, y, style, label in lines]
+    for (x, low, high), curve in zip(bands, curves, strict=False):
+        plot.fill_between(x, low, high, color=curve.get_color(), alpha=0.2, lw=0)
+    plot.set(**axes)
+    if any(label for *_, label in lines):
+        if legend == "outside":
+            figure.legend(frameon=False, fontsize="small", loc="outside right upper")
+        else:
+            plot.legend(frameon=False, loc=legend)
+    save_figure(path, figure, dpi=120)
+
+
+def write_log_plot(path, log, x, styles, **axes):
+    """Draws columns of `log`, a list of dictionaries, over its column `x`. `styles` is {column: matplotlib's style}."""
+    rows = {name: [row for row in log if name in row] for name in styles}
+    lines = [([row[x] for row in rows[name]], [row[name] for row in rows[name]], styles[name], name) for name in styles]
+    write_plot(path, lines, xlabel=x, **axes)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Grids of pictures
+
+
+def principal_colours(tokens):
+    """Tokens (B, N, d) -> images (B, side, side, 3) that show their first three principal components as red, green and
+    blue. The components are those of all B * N tokens, each stretched from its 1st to its 99th percentile."""
+    x = tokens.flatten(0, 1).double()
+    _, vectors = torch.linalg.eigh(torch.cov(x.T))  # in ascending order
+    x = (x - x.mean(0)) @ vectors.flip(1)[:, :3]
+    low, high = x.quantile(0.01, 0), x.quantile(0.99, 0)
+    side = math.isqrt(tokens.shape[1])
+    return ((x - low) / (high - low).clamp(min=1e-9)).clamp(0, 1).view(-1, side, side, 3)
+
+
+def write_rows(path, rows):
+    """Draws a grid of pictures, one labelled row for each entry of `rows`, {label: pictures (count, H, W, 3)}."""
+    count = len(next(iter(rows.values())))
+    figure = new_figure((1.5 * count + 1, 1.5 * len(rows)))
+    axes = figure.subplots(len(rows), count, squeeze=False)
+    for line, (label, pictures) in zip(axes, rows.items(), strict=True):
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center")
+        for ax, picture in zip(line, pictures, strict=True):
+            ax.imshow(picture)
+            ax.set(xticks=[], yticks=[])
+    save_figure(path, figure, dpi=100)

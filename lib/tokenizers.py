@@ -1,0 +1,160 @@
+"""DINO-Tok and VFM-VAE: tokenizers that learn on top of a frozen backbone. They turn its features after the blocks
+`.layers` (0 is the patch embedding, -1 the normed output) into tokens of `.dim` numbers.
+
+    tokenizer.fit(see, frames, device, seed)        see(uint8 frames (n, H, W, 3)) -> images (n, 3, s, s), features
+    tokenizer(features) -> tokens (B, N, dim)       features: a list with (B, N, d) for each of `.layers`
+"""
+
+import math
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lib.common import fit
+
+
+def spread(frames, count=500, size=50):
+    """At most `count` of the frames, evenly spread, in batches of `size`."""
+    frames = frames[:: -(-len(frames) // count)]
+    return (frames[i : i + size] for i in range(0, len(frames), size))
+
+
+class DINOTok(nn.Module):
+    """DINO-Tok (Jia et al., 2025, arXiv:2511.20565). Shallow features keep detail and deep ones keep meaning. Joined,
+    they are an "information-complete" latent, which is projected on a global PCA. The VQ form quantises it as well.
+
+        z_b = V_b^T (f_b - m_b) / s_b       b = shallow, deep; V_b: the first dim/2 principal axes over all frames
+        token = [z_shallow, z_deep]         s_b: one number, so that both branches are equally loud
+        token = [c_shallow, c_deep]         VQ: each half becomes the nearest centre of its codebook
+
+    Nothing is whitened: as the paper's global PCA intends, the leading components of a branch dominate every distance.
+    Deviation: the paper trains its codebooks and a decoder on ImageNet, and has released neither code nor weights.
+    Here the axes are exact, the codebooks are k-means centres, both are of our own frames, and nothing is decoded.
+    The shallow layer (after a third of the blocks), `dim` and the size of the codebooks are our choices.
+    """
+
+    def __init__(self, dim_in, num_blocks, dim=64, codes=0):
+        super().__init__()
+        self.dim, self.layers = dim, (num_blocks // 3, -1)
+        self.register_buffer("mean", torch.zeros(2, 1, dim_in))
+        self.register_buffer("axes", torch.zeros(2, dim_in, dim // 2))  # V_b / s_b
+        self.register_buffer("codebooks", torch.zeros(2, codes, dim // 2))
+
+    @torch.no_grad()
+    def fit(self, see, frames, device, seed):
+        """Computes the axes, and with `codes` the codebooks, from 500 of the uint8 frames (S, H, W, 3)."""
+        self.to(device)
+        f = torch.cat([torch.stack(see(some)[1]).flatten(1, 2) for some in spread(frames)], dim=1)  # (2, S * N, d)
+        self.mean.copy_(f.mean(1, keepdim=True))
+        f -= self.mean
+        variance, vectors = torch.linalg.eigh((f.mT @ f).double() / f.shape[1])  # in ascending order
+        variance, vectors = variance.flip(1)[:, : self.dim // 2], vectors.flip(2)[..., : self.dim // 2]
+        self.axes.copy_(vectors / variance.mean(1).sqrt()[:, None, None])
+        if self.codebooks.numel():
+            for codebook, z in zip(self.codebooks, f @ self.axes, strict=True):
+                codebook.copy_(kmeans(z, len(codebook), seed))
+        return self
+
+    @torch.no_grad()
+    def forward(self, features):
+        z = (torch.stack(features).flatten(1, 2) - self.mean) @ self.axes  # (2, B * N, dim / 2)
+        if self.codebooks.numel():
+            nearest = torch.cdist(z, self.codebooks).argmin(-1, keepdim=True)
+            z = self.codebooks.gather(1, nearest.expand_as(z))
+        return z.unflatten(1, features[0].shape[:2]).movedim(0, 2).flatten(2)  # (B, N, dim)
+
+
+def kmeans(x, k, seed, most=50_000):
+    """The centres (k, d) that k-means finds among x (n, d), of which it uses at most 50,000."""
+    from scipy.cluster.vq import kmeans2  # here, since the import takes a third of a second
+
+    index = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    index = index.repeat(-(-k // len(x)))[:most]  # k-means begins at k of the points, so it needs as many
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "One of the clusters is empty")  # its centre stays where it was
+        centres, _ = kmeans2(x[index.to(x.device)].cpu().numpy(), k, iter=20, minit="points", seed=seed)
+    return torch.from_numpy(centres)
+
+
+class VFMVAE(nn.Module):
+    """VFM-VAE (Bi et al., 2025, arXiv:2510.18457): a VAE whose encoder is a frozen vision foundation model.
+
+        f_1, f_2, f_3: the backbone's patch embedding, its middle layer, its output       (B, N, d) each
+        mu, logvar = W [W_1 f_1, W_2 f_2, W_3 f_3]                                        d -> 64 each, 192 -> 2 * dim
+        z = mu + exp(logvar / 2) eps                                                      (B, N, dim)
+        L = |x^ - x| + 0.1 sum_s |x^_s - x_s| + 1e-6 KL(q(z|x) || N(0, 1)) + 0.1 (1 - cos(W_z z, f_3))
+
+    x^_s is the picture at a coarser scale. Layers, widths and the factors of L1, scales and KL are the release's
+    (github.com/tianciB/VFM-VAE, f16d32), linear maps its `conv` variant. A token is the standardised posterior mean.
+    Deviation: DINOv2 stands for SigLIP 2, and the decoder is a smaller one. The alignment with f_3 has a fixed factor
+    and no distance matrix. There is no equivariance term, LPIPS or discriminator, so the pictures are blurrier.
+    """
+
+    def __init__(self, dim_in, num_blocks, dim=32):
+        super().__init__()
+        self.dim, self.layers = dim, (0, num_blocks // 2, -1)
+        self.levels = nn.ModuleList(nn.Linear(dim_in, 64) for _ in range(3))
+        self.to_latent, self.to_features = nn.Linear(3 * 64, 2 * dim), nn.Linear(dim, dim_in)
+        self.decoder = FusionDecoder(dim)
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(dim))
+
+    def posterior(self, features):
+        """Three (B, N, d) -> mu and logvar, each (B, N, dim)."""
+        levels = [level(f) for level, f in zip(self.levels, features, strict=True)]
+        return self.to_latent(torch.cat(levels, -1)).chunk(2, -1)
+
+    def loss(self, images, features):
+        mu, logvar = self.posterior(features)
+        z = mu + torch.exp(logvar / 2) * torch.randn(mu.shape, device=mu.device)
+        side = math.isqrt(z.shape[1])
+        *coarse, recon = self.decoder(z.mT.unflatten(2, (side, side)))
+        error = [F.l1_loss(x, F.adaptive_avg_pool2d(images, x.shape[-2:])) for x in (*coarse, recon)]
+        kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum((1, 2)).mean()
+        align = 1 - F.cosine_similarity(self.to_features(z), features[-1], dim=-1).mean()
+        return {"loss": error[-1] + 0.1 * sum(error[:-1]) + 1e-6 * kl + 0.1 * align, "recon": error[-1]}
+
+    def fit(self, see, frames, device, seed, steps=1000, batch_size=16):
+        """Trains the VAE on the uint8 frames (S, H, W, 3), then standardises its tokens on 500 of them."""
+
+        def loss():
+            return self.loss(*see(frames[torch.randint(len(frames), (batch_size,)).sort().values.numpy()]))
+
+        fit(self.to(device).requires_grad_(True), loss, steps, 1e-3, seed, "train VFM-VAE")
+        self.requires_grad_(False)
+        mu = torch.cat([self.posterior(see(some)[1])[0] for some in spread(frames)]).flatten(0, 1)  # (S * N, dim)
+        self.mean.copy_(mu.mean(0))
+        self.scale.copy_(mu.std(0) + 0.1 * mu.std(0).max())  # so that a number that hardly varies is not blown up
+        return self
+
+    @torch.no_grad()
+    def forward(self, features):
+        return (self.posterior(features)[0] - self.mean) / self.scale  # (B, N, dim)
+
+
+class FusionDecoder(nn.Module):
+    """z (B, dim, s, s) -> images of s, 2s, 4s and 8s pixels: multi-scale latent fusion, progressive reconstruction.
+    Each scale sees z itself (a convolution whose channels are shuffled into pixels) beside the output of the scale
+    below, and adds its own detail. Deviation: the paper's attention and its modulation by the pooled z are left out."""
+
+    def __init__(self, dim, widths=(128, 64, 32, 16)):
+        super().__init__()
+        self.fuse, self.blocks, self.to_rgb = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        for i, width in enumerate(widths):
+            below = widths[i - 1] if i else 0
+            self.fuse.append(nn.Sequential(nn.Conv2d(dim, width * 4**i, 3, padding=1), nn.PixelShuffle(2**i)))
+            convs = nn.Conv2d(below + width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
+            self.blocks.append(nn.Sequential(convs[0], nn.GELU(), convs[1], nn.GELU()))
+            self.to_rgb.append(nn.Conv2d(width, 3, 1))
+
+    def forward(self, z):
+        x, picture, pictures = None, 0.5, []
+        for fuse, block, to_rgb in zip(self.fuse, self.blocks, self.to_rgb, strict=True):
+            if x is not None:
+                x, picture = (F.interpolate(t, scale_factor=2, mode="bilinear") for t in (x, picture))
+            x = block(fuse(z) if x is None else torch.cat([x, fuse(z)], 1))
+            picture = picture + to_rgb(x)
+            pictures.append(picture)
+        return pictures
