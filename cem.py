@@ -33,18 +33,9 @@ import torch
 
 
 def cem(
-    cost,
-    mean,
-    std,
-    num_samples=300,
-    topk=30,
-    opt_steps=10,
-    generator=None,
-    momentum=0.0,
-    maxnorm=float("inf"),
-    noise=torch.randn,
-    keep=0,
-):
+    cost, mean, std, num_samples=300, topk=30, opt_steps=10, generator=None,
+    momentum=0.0, maxnorm=float("inf"), noise=torch.randn, keep=0,
+):  # fmt: skip
     """Solves B planning problems at once.
 
     Args:

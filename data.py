@@ -14,7 +14,6 @@ themselves are in lib/pointmaze.py and lib/worlds.py.
 
     python data.py --env pointmaze --episodes 3000        # collect into datasets/pointmaze
     python data.py --inspect datasets/pointmaze           # shapes, statistics, contact_sheet.png
-    python data.py --bench                                # frames and physics steps per second
 """
 
 import hashlib
@@ -29,7 +28,7 @@ from tqdm import tqdm
 
 from lib import common
 from lib.common import NpyWriter, Parser, UserError, positive, to_tensor
-from lib.worlds import ENVIRONMENTS, EpisodePool, make_env
+from lib.worlds import ENVIRONMENTS, EpisodePool
 
 VERSION = 1  # of the format on disk
 
@@ -257,20 +256,6 @@ def inspect(dataset):
     print(f"\ncontact sheet (one episode a row, time to the right): {dataset.path / 'contact_sheet.png'}")
 
 
-def bench(env_name, img_size):
-    env = make_env(env_name, img_size)
-    env.reset(seed=0)
-
-    def step(render):
-        _, _, done, truncated, _ = env.step(env.action_space.sample(), render)
-        if done or truncated:
-            env.reset()
-
-    for what, render in (("rendered", True), ("not rendered", False)):
-        rate = common.per_second(lambda: step(render), 2)  # noqa: B023
-        print(f"{env_name} {img_size}x{img_size}, {what}: {rate:.0f} environment steps/s per process")
-
-
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -283,12 +268,9 @@ def main():
     add("--workers", type=positive, default=os.cpu_count(), help="number of processes")
     add("--out", help="folder to write (default: datasets/ENV, or datasets/ENV_SIZE if the size is not 64)")
     add("--inspect", metavar="DIR", help="describe this data set instead of collecting one")
-    add("--bench", action="store_true", help="measure the speed of --env instead of collecting")
     args = parser.parse_args()
     if args.inspect:
         return inspect(open_dataset(args.inspect))
-    if args.bench:
-        return bench(args.env, args.img_size)
     out = args.out or default_folder(args.env, args.img_size)
     what = args.env, args.episodes, args.steps, args.frameskip, args.img_size
     dataset = collect(out, *what, args.seed, args.workers)

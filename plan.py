@@ -431,9 +431,26 @@ def compare_planners(results, path):
 # The script
 
 
+# name: default, how its text is read, what it is
+PLANNER_ARGS = {
+    "alpha": (0.0, common.number(float, 0, 1e6), "weight of proprio in the cost"),
+    "base": (2.0, common.above_zero, "with --objective all: weight of a frame over that of the one before"),
+    "var_scale": (1.0, common.above_zero, "first standard deviation, in units of the data's actions"),
+    "momentum": (0.0, common.number(float, 0, 0.999), "share of CEM's old mean and deviation that stays"),
+    "maxnorm": (math.inf, common.above_zero, "bound of CEM's candidates, in the same units"),
+    "noise_beta": (1.0, common.number(float, 0, 10), "icem's noise has the spectrum 1 / f^beta"),
+    "keep": (9, positive, "icem's elites that run again"),
+    "temperature": (0.1, common.above_zero, "mppi's, in standard deviations of the candidates' costs"),
+    "lr": (1.0, common.above_zero, "learning rate of gd"),
+    "action_noise": (0.003, common.number(float, 0, 1e3), "noise that gd adds at each step"),
+    "sample_type": ("randn", lambda word: common.names(("randn", "zero"))(word)[0], "what gd starts from"),
+}
+
+
 def get_args(argv=None):
     parser = common.Parser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
+    add, parse = parser.add_argument, {name: parse for name, (_, parse, _) in PLANNER_ARGS.items()}
+    what = "; ".join(f"{name}: {what}" for name, (*_, what) in PLANNER_ARGS.items())
     add("--ckpt", help="the run to plan with, ours or released by DINO-WM (default: the newest under runs/)")
     add("--weights", help="pretrained weights for the encoder of a released run, which lacks them; as in train.py")
     add(
@@ -449,8 +466,12 @@ def get_args(argv=None):
         "actions lead; or a file that --save-targets wrote")  # fmt: skip
     add("--save-targets", metavar="PATH", help="write the problems to this file")
     add("--planner", type=common.names(PLANNERS), default="mpc-cem", help=f"one or more of {', '.join(PLANNERS)}")
-    add("--planner-args", type=common.key_values, default={}, metavar="K=V,...", help="settings of the planners: "
-        + ", ".join(f"{name} ({what})" for name, (*_, what) in PLANNER_ARGS.items()))  # fmt: skip
+    add(
+        "--planner-args",
+        type=common.key_values(parse),
+        default={},
+        help="settings of the planners, as K=V,K=V: " + what,
+    )
     add("--goal-H", type=positive, default=5, help="planning horizon in model steps")
     add("--n-taken-actions", type=positive, help="model steps executed before replanning (default: goal_H; 1 for the "
         "paper's variant)")  # fmt: skip
@@ -465,9 +486,7 @@ def get_args(argv=None):
     add("--name", help="name of the result under plan_outputs/ (default: the run's)")
     add("--device", type=common.available_device, default=common.default_device(), help="where to compute")
     args = parser.parse_args(argv)
-    args.planner_args = common.settings(
-        "--planner-args", args.planner_args, {k: v[:2] for k, v in PLANNER_ARGS.items()}
-    )
+    args.planner_args = {name: default for name, (default, *_) in PLANNER_ARGS.items()} | args.planner_args
     elites = any(planner.endswith("cem") for planner in args.planner) or "oracle" in args.baselines
     if elites and not 2 <= args.topk <= args.num_samples:
         raise UserError(f"--topk {args.topk} must lie between 2 and --num-samples {args.num_samples}")
@@ -476,22 +495,6 @@ def get_args(argv=None):
     if args.planner_args["keep"] >= args.num_samples and any("icem" in planner for planner in args.planner):
         raise UserError(f"keep={args.planner_args['keep']} leaves no new candidate of --num-samples {args.num_samples}")
     return args
-
-
-# name: default, how its text is read, what it is
-PLANNER_ARGS = {
-    "alpha": (0.0, common.number(float, 0, 1e6), "weight of proprio in the cost"),
-    "base": (2.0, common.above_zero, "with --objective all: weight of a frame over that of the one before"),
-    "var_scale": (1.0, common.above_zero, "first standard deviation, in units of the data's actions"),
-    "momentum": (0.0, common.number(float, 0, 0.999), "share of CEM's old mean and deviation that stays"),
-    "maxnorm": (math.inf, common.above_zero, "bound of CEM's candidates, in the same units"),
-    "noise_beta": (1.0, common.number(float, 0, 10), "icem's noise has the spectrum 1 / f^beta"),
-    "keep": (9, positive, "icem's elites that run again"),
-    "temperature": (0.1, common.above_zero, "mppi's, in standard deviations of the candidates' costs"),
-    "lr": (1.0, common.above_zero, "learning rate of gd"),
-    "action_noise": (0.003, common.number(float, 0, 1e3), "noise that gd adds at each step"),
-    "sample_type": ("randn", common.choice("randn", "zero"), "what gd starts from"),
-}
 
 
 def settle(args, planner, model):

@@ -28,24 +28,23 @@ All are trained by teacher forcing on H frames and, with K = `rollout_steps` > 1
 """
 
 import math
-from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from encoders import build_encoder
 from lib.common import UserError, load_state, load_tensors, save_tensors, to_tensor
 from lib.decoders import build_decoder, from_pixels, to_pixels
-from lib.vjepa import RotaryBlock, rotary_angles
+from lib.vjepa import RotaryBlock, attend, rotary_angles
 from lib.weights import load_renamed, rename
 
 # ---------------------------------------------------------------------------------------------------------
 # The transition models. A frame's latents are one row of numbers, [visual (N * d), proprio (copies * e)]. A model is
 #     forward(z, action, memory)    z (B, T, N*d + copies*e) of T <= num_frames frames and the actions taken there
-#                                   (B, T, a) -> the latents of the T next frames, and what it remembers (or None)
+#                                   (B, T, a) -> the latents of the T next frames, or with `newest` of the last one
+#                                   alone, and what it remembers for the next call (or None)
 # and says of itself
 #     criterion                     the error that it is trained on and plans by
 #     copies                        how many copies of the proprio a frame has
@@ -61,11 +60,6 @@ def frame_causal(num_frames, tokens):
     return frame[:, None] >= frame[None, :]
 
 
-# With dropout, attention on the CPU keeps its scores (B, heads, L, L) for the gradient, some four times over. A layer
-# with more scores than this computes them again instead: then a step of 32 windows at the paper's size takes 13 GB.
-KEPT_SCORES = 2**26
-
-
 class Attention(nn.Module):
     """Multi-head self-attention with a pre-norm, (B, L, D) -> (B, L, D)."""
 
@@ -76,23 +70,47 @@ class Attention(nn.Module):
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim)
 
-    def forward(self, x, mask):
+    def forward(self, x, mask, past=None, ask=None):
+        """`past`: keys and values of the tokens before x. `ask`: only so many of the last tokens want an answer.
+        Returns the keys and values of all tokens, too."""
         B, L, _ = x.shape
         qkv = self.to_qkv(self.norm(x)).view(B, L, 3, self.heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, dim_head)
-        dropout = self.dropout if self.training else 0.0
-        attend = partial(F.scaled_dot_product_attention, attn_mask=mask, dropout_p=dropout)
-        if dropout and q.is_cpu and B * self.heads * L**2 > KEPT_SCORES:
-            out = checkpoint(attend, q, k, v, use_reentrant=False)
-        else:
-            out = attend(q, k, v)
-        return F.dropout(self.to_out(out.transpose(1, 2).reshape(B, L, -1)), self.dropout, self.training)
+        out, kept = attend(q, k, v, mask, past, ask, self.dropout if self.training else 0.0)
+        return F.dropout(self.to_out(out.transpose(1, 2).flatten(2)), self.dropout, self.training), kept
 
 
 class FeedForward(nn.Sequential):
     def __init__(self, dim, mlp_dim, dropout):
         inner = [nn.Linear(dim, mlp_dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(mlp_dim, dim), nn.Dropout(dropout)]
         super().__init__(nn.LayerNorm(dim), *inner)
+
+
+class Block(nn.ModuleList):
+    """Attention and feed-forward, each added to the residual stream."""
+
+    def forward(self, x, mask, past=None, ask=None):
+        attention, feed_forward = self
+        y, kept = attention(x, mask, past, ask)
+        x = (x if ask is None else x[:, -ask:]) + y
+        return x + feed_forward(x), kept
+
+
+def newest_frame(blocks, call, x, n, memory):
+    """What `blocks` make of the newest frame alone, the last n tokens of x (B, L, D), and the memory for the next call.
+
+    This is the plain pass through the blocks with nothing computed twice. While the window grows, no frame changes its
+    position and none sees a later one, so the keys and values of the earlier frames are kept, and only the newest frame
+    runs through the blocks. When the window slides, all positions change and all frames run, but from the last block
+    only the newest frame wants an answer. `call(block, x, first, past, ask)` applies a block to tokens from `first` on.
+    """
+    L = x.shape[1]
+    known, pasts = memory if memory and memory[0] + n == L else (0, [None] * len(blocks))
+    x, kept = x[:, known:], []
+    for block, past in zip(blocks, pasts, strict=True):
+        x, keys_and_values = call(block, x, known, past, n if block is blocks[-1] else None)
+        kept.append(keys_and_values)
+    return x, (L, kept)
 
 
 class ViTPredictor(nn.Module):
@@ -110,21 +128,10 @@ class ViTPredictor(nn.Module):
     embeds, normalises, needs_history, rollout_steps = True, False, False, 1
 
     def __init__(
-        self,
-        num_patches,
-        num_frames,
-        dim,
-        proprio_dim=0,
-        action_dim=0,
-        depth=6,
-        heads=16,
-        dim_head=64,
-        mlp_dim=2048,
-        dropout=0.1,
-        concat_dim=1,
-        num_proprio_repeat=1,
-        num_action_repeat=1,
-    ):
+        self, num_patches, num_frames, dim, proprio_dim=0, action_dim=0,
+        depth=6, heads=16, dim_head=64, mlp_dim=2048, dropout=0.1,
+        concat_dim=1, num_proprio_repeat=1, num_action_repeat=1,
+    ):  # fmt: skip
         super().__init__()
         if concat_dim == 0 and not dim == proprio_dim == action_dim:
             raise UserError(
@@ -138,7 +145,7 @@ class ViTPredictor(nn.Module):
             tokens, width = num_patches, dim + num_proprio_repeat * proprio_dim + num_action_repeat * action_dim
         self.pos_embedding = nn.Parameter(torch.randn(1, num_frames * tokens, width))
         self.blocks = nn.ModuleList(
-            nn.ModuleList([Attention(width, heads, dim_head, dropout), FeedForward(width, mlp_dim, dropout)])
+            Block([Attention(width, heads, dim_head, dropout), FeedForward(width, mlp_dim, dropout)])
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
@@ -148,12 +155,18 @@ class ViTPredictor(nn.Module):
         """(B, L, D) -> (B, L, D), the tokens of whole frames; frame t of the output predicts frame t + 1."""
         L = x.shape[1]
         x = x + self.pos_embedding[:, :L]
-        for attention, feed_forward in self.blocks:
-            x = x + attention(x, self.mask[:L, :L])
-            x = x + feed_forward(x)
+        for block in self.blocks:
+            x, _ = block(x, self.mask[:L, :L])
         return self.norm(x)
 
-    def forward(self, z, action, memory=None):
+    def newest(self, x, n, memory):
+        """`transformer` for the newest frame alone, (B, L, D) -> (B, n, D), and the memory for the next call."""
+        L = x.shape[1]
+        call = lambda block, x, first, past, ask: block(x, self.mask[:L, :L], past, ask)  # noqa: E731
+        x, memory = newest_frame(self.blocks, call, x + self.pos_embedding[:, :L], n, memory)
+        return self.norm(x), memory
+
+    def forward(self, z, action, memory=None, newest=False):
         N = self.num_patches
         visual, proprio = z.split([N * self.dim, z.shape[-1] - N * self.dim], -1)
         if self.concat_dim == 1:  # onto every token; it predicts a copy of the proprio with each of them
@@ -164,9 +177,10 @@ class ViTPredictor(nn.Module):
             parts = visual.unflatten(-1, (N, -1)), proprio[:, :, None], action[:, :, None]
             axis = 2  # (B, T, N + 2, d)
         x = torch.cat(parts, axis)
-        x = self.transformer(x.flatten(1, 2)).view(x.shape)
-        visual, proprio, _ = x.split([part.shape[axis] for part in parts], axis)
-        return torch.cat([visual.flatten(2), proprio.flatten(2)], -1), None
+        n = x.shape[2]  # tokens a frame
+        x, memory = self.newest(x.flatten(1, 2), n, memory) if newest else (self.transformer(x.flatten(1, 2)), None)
+        visual, proprio, _ = x.unflatten(1, (-1, n)).split([part.shape[axis] for part in parts], axis)
+        return torch.cat([visual.flatten(2), proprio.flatten(2)], -1), memory
 
 
 class RWMPredictor(nn.Module):
@@ -205,7 +219,7 @@ class RWMPredictor(nn.Module):
         log_std = low + (high - low) * torch.sigmoid(self.log_std(h))
         return state + self.mean(h), log_std.exp(), memory
 
-    def forward(self, z, action, memory=None):
+    def forward(self, z, action, memory=None, newest=False):
         if memory is not None:  # only the last frame is new
             z, action = z[:, -1:], action[:, -1:]
         mean, std, memory = self.distribution(z, action, memory)
@@ -238,16 +252,7 @@ class ACPredictor(nn.Module):
     copies, embeds, normalises, needs_history, rollout_steps = 1, False, True, False, 2
 
     def __init__(
-        self,
-        num_patches,
-        num_frames,
-        dim,
-        proprio_dim=7,
-        action_dim=7,
-        width=1024,
-        depth=24,
-        heads=16,
-        mlp_dim=4096,
+        self, num_patches, num_frames, dim, proprio_dim=7, action_dim=7, width=1024, depth=24, heads=16, mlp_dim=4096
     ):
         super().__init__()
         side = math.isqrt(num_patches)
@@ -274,36 +279,43 @@ class ACPredictor(nn.Module):
         for name, table in zip(("cos", "sin", "mask"), tables, strict=True):
             self.register_buffer(name, table, persistent=False)
 
-    def transformer(self, tokens, actions, states):
-        """Tokens (B, T*N, d), actions (B, T, A), states (B, T, P) -> tokens and states of the T next frames."""
+    def transformer(self, tokens, actions, states, memory=None, newest=False):
+        """Tokens (B, T*N, d), actions (B, T, A), states (B, T, P) -> tokens and states of the T next frames, or with
+        `newest` of the last one, and the memory for the next call."""
         patches = self.predictor_embed(tokens).unflatten(1, (-1, self.num_patches))  # (B, T, N, width)
         a, s = self.action_encoder(actions)[:, :, None], self.state_encoder(states)[:, :, None]
         x = torch.cat([a, s, patches], dim=2).flatten(1, 2)  # (B, L, width), L = T * (2 + N)
-        L = x.shape[1]
-        for block in self.predictor_blocks:
-            x = block(x, self.cos[:L], self.sin[:L], self.mask[:L, :L])
-        x = self.predictor_norm(x).unflatten(1, (-1, 2 + self.num_patches))  # (B, T, 2 + N, width)
-        return self.predictor_proj(x[:, :, 2:]).flatten(1, 2), states + self.state_head(x[:, :, 1])
+        L, n = x.shape[1], 2 + self.num_patches
 
-    def forward(self, z, action, memory=None):
+        def call(block, x, first=0, past=None, ask=None):
+            return block(x, self.cos[first:L], self.sin[first:L], self.mask[:L, :L], past, ask)
+
+        if newest:
+            x, memory = newest_frame(self.predictor_blocks, call, x, n, memory)
+        else:
+            for block in self.predictor_blocks:
+                x, _ = call(block, x)
+        x = self.predictor_norm(x).unflatten(1, (-1, n))  # (B, T or 1, 2 + N, width)
+        states = states[:, -x.shape[1] :] + self.state_head(x[:, :, 1])
+        return self.predictor_proj(x[:, :, 2:]).flatten(1, 2), states, memory
+
+    def forward(self, z, action, memory=None, newest=False):
         visual, states = z.split([self.num_patches * self.dim, z.shape[-1] - self.num_patches * self.dim], -1)
         visual = visual.unflatten(-1, (self.num_patches, self.dim))  # (B, T, N, d)
-        tokens, states = self.transformer(visual.flatten(1, 2), action, states)
-        tokens = F.layer_norm(tokens, tokens.shape[-1:]).view(visual.shape)
-        return torch.cat([tokens.flatten(2), states], -1), None
+        tokens, states, memory = self.transformer(visual.flatten(1, 2), action, states, memory, newest)
+        tokens = F.layer_norm(tokens, tokens.shape[-1:]).unflatten(1, (-1, self.num_patches))
+        return torch.cat([tokens.flatten(2), states], -1), memory
 
     def load_released(self, path):
         """Loads a released checkpoint, or a predictor's own state dict, whole or not at all. The state head, which the
         release lacks, stays as it is."""
         own = {name: tensor for name, tensor in self.state_dict().items() if name.startswith("state_head.")}
-        released = [(r"^module\.", "")]
-        unused = r"(^|\.)extrinsics_encoder\."
-        load_renamed(
-            self,
-            load_tensors(path),
-            lambda content: rename(content.get("predictor", content), released, drop=unused) | own,
-            path,
-        )
+
+        def names(content):
+            state = content.get("predictor", content)
+            return rename(state, [(r"^module\.", "")], drop=r"(^|\.)extrinsics_encoder\.") | own
+
+        load_renamed(self, load_tensors(path), names, path)
 
 
 PREDICTORS = {"vit": ViTPredictor, "rwm": RWMPredictor, "vjepa2_ac": ACPredictor}
@@ -329,34 +341,13 @@ class WorldModel(nn.Module):
     """
 
     def __init__(
-        self,
-        encoder,
-        action_stats,
-        proprio_stats,
-        num_hist=3,
-        frameskip=5,
-        emb_dim=10,
-        world=None,
-        predictor="vit",
-        variant="repository",
-        decoder=None,
-        action_emb_dim=None,
-        **sizes,
-    ):
+        self, encoder, action_stats, proprio_stats, num_hist=3, frameskip=5, emb_dim=10, world=None,
+        predictor="vit", variant="repository", decoder=None, action_emb_dim=None, **sizes,
+    ):  # fmt: skip
         super().__init__()
-        self.config = dict(
-            encoder=encoder.name,
-            img_size=encoder.img_size,
-            num_hist=num_hist,
-            frameskip=frameskip,
-            emb_dim=emb_dim,
-            action_emb_dim=action_emb_dim,
-            world=world,
-            predictor=predictor,
-            variant=variant,
-            decoder=decoder,
-            sizes=sizes,
-        )
+        self.config = dict(encoder=encoder.name, img_size=encoder.img_size, num_hist=num_hist, frameskip=frameskip)
+        self.config |= dict(emb_dim=emb_dim, action_emb_dim=action_emb_dim, world=world, decoder=decoder)
+        self.config |= dict(predictor=predictor, variant=variant, sizes=sizes)
         self.encoder, self.world = encoder, world
         self.num_hist, self.frameskip, self.variant = num_hist, frameskip, variant
         for name, (mean, std) in {"action": action_stats, "proprio": proprio_stats}.items():
@@ -469,10 +460,11 @@ class WorldModel(nn.Module):
         the frames before them learn from their own errors alone.
         """
         a, H, T0, T = self.encode_action(actions), self.num_hist, z.shape[1], actions.shape[1]
+        newest = not self.training  # training is plain; planning computes nothing twice
         cut = T + 1 - grad_steps if grad_steps else 0  # no gradient enters the frames before this one
         frames, memory = [z], None
         for t in range(T0, T + 1):  # t frames are known
-            after, memory = self.predictor(z[:, -H:], a[:, max(t - H, 0) : t], memory)
+            after, memory = self.predictor(z[:, -H:], a[:, max(t - H, 0) : t], memory, newest)
             new = after[:, -1:]
             frames.append(new)
             if t < cut:

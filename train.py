@@ -111,7 +111,7 @@ def train(args):
     common.write_json(directory / "args.json", flags)
 
     # the loop
-    rollout = dict(rollout_steps=args.rollout_steps, **rollout_settings(args))
+    rollout = dict(rollout_steps=args.rollout_steps, **args.rollout_args)
     bar = tqdm(total=total_steps, initial=len(log) * steps_per_epoch, desc="train", unit="step")
     for epoch in range(len(log), epochs):
         torch.manual_seed(args.seed * 100_003 + epoch)  # dropout and order depend on (seed, epoch) alone
@@ -233,25 +233,24 @@ def encoder_img_size(args):
 
 # vit has the paper's sizes for patch tokens, and sizes that suit a laptop for a single token; rwm has the paper's;
 # vjepa2_ac has small ones (the paper's: width=1024,depth=24,heads=16,mlp_dim=4096).
-PAPER = dict(depth=6, heads=16, dim_head=64, mlp_dim=2048, dropout=0.1)
-LAPTOP = dict(depth=4, heads=4, dim_head=32, mlp_dim=256, dropout=0.0)
 COMPOSITION = dict(concat_dim=1, num_proprio_repeat=1, num_action_repeat=1)  # of vit's tokens
-RWM = dict(width=256, depth=2, mlp_dim=128)
-AC = dict(width=128, depth=4, heads=4, mlp_dim=512)
+PAPER = dict(depth=6, heads=16, dim_head=64, mlp_dim=2048, dropout=0.1) | COMPOSITION
+LAPTOP = dict(depth=4, heads=4, dim_head=32, mlp_dim=256, dropout=0.0) | COMPOSITION
+SIZES = {"vit": PAPER, "rwm": dict(width=256, depth=2, mlp_dim=128)}
+SIZES["vjepa2_ac"] = dict(width=128, depth=4, heads=4, mlp_dim=512)
+KNOWN_SIZES = {name: positive for sizes in SIZES.values() for name in sizes}
+KNOWN_SIZES |= {"dropout": common.number(float, 0, 0.99), "concat_dim": common.number(int, 0, 1)}
 
 
 def transition_sizes(args, single):
     """The transition model's keyword arguments: its default sizes, and what --sizes says otherwise."""
-    vit = (LAPTOP if single else PAPER) | COMPOSITION
-    parse = {"dropout": common.number(float, 0, 0.99), "concat_dim": common.number(int, 0, 1)}
-    defaults = {"vit": vit, "rwm": RWM, "vjepa2_ac": AC}[args.predictor]
-    known = {name: (value, parse.get(name, positive)) for name, value in defaults.items()}
-    return common.settings("--sizes", args.sizes, known)
+    sizes = LAPTOP if single and args.predictor == "vit" else SIZES[args.predictor]
+    if unknown := args.sizes.keys() - sizes.keys():
+        raise UserError(f"--predictor {args.predictor} has no size {', '.join(unknown)}; it has {', '.join(sizes)}")
+    return sizes | args.sizes
 
 
-def rollout_settings(args):
-    known = {"decay": (1.0, common.number(float, 0, 1, open_low=True)), "grad_steps": (None, positive)}
-    return common.settings("--rollout-args", args.rollout_args, known)
+ROLLOUT_ARGS = {"decay": common.number(float, 0, 1, open_low=True), "grad_steps": positive}
 
 
 def decoder_sizes(args, img_size, single):
@@ -277,12 +276,11 @@ def get_args(argv=None):
     add("--num-hist", type=positive, default=3, help="number of frames that the transition model sees")
     add("--predictor", default="vit", choices=PREDICTORS, help="the transition model")
     add("--predictor-weights", metavar="PATH", help="released predictor from which vjepa2_ac starts")
-    add("--sizes", type=common.key_values, default={}, metavar="K=V,...", help="sizes of the transition model, e.g. "
-        "depth=2,heads=4; a wrong name lists those that it has")  # fmt: skip
+    add("--sizes", type=common.key_values(KNOWN_SIZES), default={}, help="the transition model's, as depth=2,heads=4")
     add("--rollout-steps", type=positive, help="number of frames that it imagines in training; 1 is teacher forcing "
         "alone (default: as in its paper; vit 1, rwm 8, vjepa2_ac 2)")  # fmt: skip
-    add("--rollout-args", type=common.key_values, default={}, metavar="K=V,...", help="decay: weight of an "
-        "imagined frame over that of the one before; grad_steps: how many of the last have a gradient")  # fmt: skip
+    add("--rollout-args", type=common.key_values(ROLLOUT_ARGS), default={}, help="decay: weight of an imagined frame "
+        "over that of the one before; grad_steps: how many of the last have a gradient")  # fmt: skip
     add("--variant", choices=("repository", "paper"), default="repository", help="DINO-WM as released, or as its text "
         "has it: 224 px into DINOv2, no proprio, an MLP for actions, a loss on the next frame alone")  # fmt: skip
     add("--decoder", nargs="?", const="plain", choices=("plain", "vq"), help="also train a decoder, to see what is "
@@ -300,7 +298,7 @@ def get_args(argv=None):
         raise UserError(f"--variant paper is DINO-WM's, for --predictor vit, not {args.predictor}")
     if args.predictor_weights and args.predictor != "vjepa2_ac":
         raise UserError(f"--predictor-weights is for --predictor vjepa2_ac, not {args.predictor}")
-    transition_sizes(args, single=True), rollout_settings(args)  # a wrong one is named before anything is built
+    transition_sizes(args, single=True)  # a wrong name is said before anything is built
     return args
 
 

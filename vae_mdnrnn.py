@@ -8,14 +8,8 @@ V and M learn from what a random policy saw. C is then evolved in the real envir
 M alone, in a dream that never renders a frame (TakeCover, section 4). What the paper leaves open is as in its code
 (github.com/hardmaru/WorldModelsExperiments), unless a docstring says otherwise.
 
-    python vae_mdnrnn.py all --env takecover        # the five steps below, one after the other
-
-    python vae_mdnrnn.py collect --env takecover    # 1. episodes of a random policy
-    python vae_mdnrnn.py train-v --env takecover    # 2. V: frames -> z
-    python vae_mdnrnn.py train-m --env takecover    # 3. M: z, a -> the next z
-    python vae_mdnrnn.py train-c --env takecover    # 4. C, in the dream or in the real environment
-    python vae_mdnrnn.py test --env takecover       # 5. 100 real episodes, 100 dreams, a random policy beside them
-
+    python vae_mdnrnn.py all --env takecover        # the five steps: collect, train-v, train-m, train-c, test
+    python vae_mdnrnn.py train-c --tau 1.15         # one of them: C, in a dream of another temperature
     python vae_mdnrnn.py iterate --env pointmaze    # section 5: roll out with C, train M, train C in M; again
     python vae_mdnrnn.py bench                      # dream steps per second
 
@@ -284,8 +278,9 @@ def features_of(z, state, cell):
 class Agent:
     """V, M and C acting in a real environment, frame by frame (`rollout` of section 2.4)."""
 
-    def __init__(self, vae, rnn, controller, cell, params):
+    def __init__(self, vae, rnn, controller, cell, params, seed=0):
         self.vae, self.rnn, self.controller, self.cell = vae, rnn, controller, cell
+        self.generator = torch.Generator().manual_seed(seed)
         self.params = torch.as_tensor(params, dtype=torch.float32)[None]  # (1, num_params)
         zeros = torch.zeros(1, 1, rnn.hidden)
         self.state, self.restart = (zeros, zeros), torch.ones(1, 1)
@@ -293,7 +288,7 @@ class Agent:
     @torch.inference_mode()
     def __call__(self, obs):
         """An observation, whose frame is (64, 64, 3) uint8 -> an action (action_dim,)."""
-        z = sample_z(*self.vae.encode(to_tensor(obs["visual"][None])))  # z = V(o)
+        z = sample_z(*self.vae.encode(to_tensor(obs["visual"][None])), self.generator)  # z = V(o)
         a = self.controller(self.params, features_of(z, self.state, self.cell))  # a = C(z, h)
         _, self.state = self.rnn(z[None], a[None], self.restart, self.state)  # h = M(a, z, h)
         self.restart = torch.zeros(1, 1)
@@ -493,8 +488,7 @@ def test(args):
     with real_episodes(args) as pool:
         for name, who in {"random": "uniform", **found}.items():
             jobs = [dict(who=who, seed=seed, steps=args.max_steps) for seed in seeds]
-            episodes = tqdm(pool.map(jobs, chunksize=1, frames=False), f"test {name}", len(jobs))
-            results[name] = {"real": [float(episode["rewards"].sum(dtype=np.float64)) for episode in episodes]}
+            results[name] = {"real": list(tqdm(pool.returns(jobs), f"test {name}", len(jobs)))}
             if name.startswith("dream"):
                 dream = make_dream(args, rnn, float(name.removeprefix("dream_tau")))
                 returns = dream_scores(dream, controller, who[None], 777_000_000 + args.seed, args.test_episodes)
@@ -513,19 +507,13 @@ def film_dream(args, vae, rnn, controller, name, params, length=600):
     """A dream (left) beside a real episode (right), both with the same C: dream.gif."""
     env, tau = make_env(args.env), float(name.removeprefix("dream_tau")) if "tau" in name else 1.0
     dream, films = DreamEnv(make_dream(args, rnn, tau), vae), []
-    torch.manual_seed(args.seed)
-    agent, weights = Agent(vae, rnn, controller, args.cell, params), torch.from_numpy(params)[None]
+    agent, weights = Agent(vae, rnn, controller, args.cell, params, args.seed), torch.from_numpy(params)[None]
     dreamer = lambda obs: controller(weights, torch.from_numpy(obs["proprio"])[None])[0].numpy()  # noqa: E731
     for world, policy in ((dream, dreamer), (env, agent)):
         obs, _ = world.reset(seed=args.seed)
         films.append(rollout(world, obs, policy, length)["frames"])
     both = min(map(len, films))
     pictures.write_gif(args.run / "dream.gif", pictures.beside(films[0][:both], films[1][:both])[::3], duration=85)
-
-
-def all_steps(args):
-    """Steps 1 to 5, one after the other."""
-    return [step(args) for step in (collect, train_v, train_m, train_c, test)][-1]
 
 
 def iterate(args):
@@ -542,7 +530,7 @@ def iterate(args):
         print(f"iteration {i + 1} of {args.iterations}")
         own = dict(run=args.run / f"iteration{i + 1}", seed=args.seed + i, where="dream", heads=heads)
         previous = argparse.Namespace(**vars(args) | own | {"previous": previous})
-        results = all_steps(previous)
+        results = STEPS["all"](previous)
         (name,) = controllers(previous)
         returns = {**results[name], "random": results["random"]["real"]}
         table.append({"iteration": i + 1, **{who: float(np.mean(r)) for who, r in returns.items()}})
@@ -556,8 +544,8 @@ def bench(args):
     dream, rates = Dream(rnn, torch.zeros(2, 1, args.z_dim), 1.0, 10**9, args.cell), []
     for batch in (1, 64, 1024):
         params, features = torch.randn(batch, controller.num_params, device=args.device), dream.reset(batch)
-        # .item() waits for the device
-        rates.append(batch * common.per_second(lambda: dream.step(controller(params, features))[1].sum().item(), 3))  # noqa: B023
+        step = lambda: dream.step(controller(params, features))[1].sum().item()  # noqa: B023, E731 (waits for the device)
+        rates.append(batch * common.per_second(step, 3))
         print(f"{batch:5} dreams at once: {rates[-1]:9.0f} dream steps/s, {rates[-1] / rates[0]:6.1f} x one")
 
 
@@ -572,8 +560,7 @@ def need(path, step, args):
 
 
 def dataset_of(args):
-    need(args.run / "data" / "meta.json", "collect", args)
-    return data.Dataset(args.run / "data")
+    return data.Dataset(need(args.run / "data", "collect", args))
 
 
 def latents_of(args):
@@ -628,8 +615,7 @@ PATIENCE = 100  # steps without a reward after which the search gives an episode
 def real_scores(pool, max_steps, params, seed, trials):
     """Like `dream_scores`, in the real environment, and on the same `trials` tracks for every row of params (P, n)."""
     jobs = [dict(who=p, seed=seed + i, steps=max_steps, patience=PATIENCE) for p in params for i in range(trials)]
-    returns = [episode["rewards"].sum(dtype=np.float64) for episode in pool.map(jobs, chunksize=1, frames=False)]
-    return np.array(returns).reshape(len(params), trials)
+    return np.array(list(pool.returns(jobs))).reshape(len(params), trials)
 
 
 def real_episodes(args):
@@ -639,19 +625,14 @@ def real_episodes(args):
 
 
 def make_agents(args):
-    """Runs in a worker process, and returns what makes an Agent of C's weights."""
+    """Runs in a worker process, and returns what makes an Agent of C's weights and a seed."""
     torch.set_num_threads(1)
-    vae, rnn, controller = load_models(args)
-
-    def make_agent(params, seed):
-        torch.manual_seed(seed)
-        return Agent(vae, rnn, controller, args.cell, params)
-
-    return make_agent
+    return functools.partial(Agent, *load_models(args), args.cell)
 
 
 STEPS = {"collect": collect, "train-v": train_v, "train-m": train_m, "train-c": train_c, "test": test}
-STEPS |= {"all": all_steps, "iterate": iterate, "bench": bench}
+FIVE = tuple(STEPS.values())
+STEPS |= {"all": lambda args: [step(args) for step in FIVE][-1], "iterate": iterate, "bench": bench}
 
 
 def main(argv=None):

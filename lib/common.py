@@ -29,8 +29,8 @@ try:
 except ImportError:
     fcntl = None
 
-DISK_ERRORS = {getattr(errno, name) for name in "ENOSPC EDQUOT EACCES EPERM EROFS ENOTDIR EISDIR ENOENT "
-               "ENAMETOOLONG".split() if hasattr(errno, name)}  # fmt: skip
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
+DISK_ERRORS |= {errno.ENOENT, errno.ENAMETOOLONG}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
 
     class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         def _get_help_string(self, action):
-            unsaid = action.default is None or action.default is False
+            unsaid = action.default is None or action.default is False or action.default in ([], {})
             return action.help if unsaid else super()._get_help_string(action)
 
     def __init__(self, **options):
@@ -111,34 +111,16 @@ def names(known):
     return parse
 
 
-def key_values(text):
-    """An `argparse` type: "depth=2,heads=4" becomes {"depth": "2", "heads": "4"}; `settings` reads the values."""
-    pairs = dict(pair.partition("=")[::2] for pair in text.split(",") if pair)
-    if empty := [name for name, value in pairs.items() if not value]:
-        raise argparse.ArgumentTypeError(f"{empty[0]} has no value; the form is NAME=VALUE,NAME=VALUE")
-    return pairs
-
-
-def settings(flag, given, known):
-    """The values of `known` {name: (default, parse)} where `given`, what `key_values` read, says nothing else."""
-    if unknown := given.keys() - known.keys():
-        raise UserError(f"{flag} has no {', '.join(sorted(unknown))} here; it knows {', '.join(known) or 'none'}")
-    values = {name: default for name, (default, _) in known.items()}
-    for name, text in given.items():
-        try:
-            values[name] = known[name][1](text)
-        except (ValueError, argparse.ArgumentTypeError) as error:
-            raise UserError(f"{flag} {name}={text}: {error}") from None
-    return values
-
-
-def choice(*options):
-    """A `parse` for `settings`: one of these words."""
+def key_values(known):
+    """An `argparse` type: "depth=2,heads=4" becomes {"depth": 2, "heads": 4}. `known` is {name: type of its value}."""
 
     def parse(text):
-        if text not in options:
-            raise ValueError(f"choose from {', '.join(options)}")
-        return text
+        values = {}
+        for name, _, value in (pair.partition("=") for pair in text.split(",") if pair):
+            if name not in known or not value:
+                raise argparse.ArgumentTypeError(f"{name} is not one of NAME=VALUE with {', '.join(known)}")
+            values[name] = known[name](value)
+        return values
 
     return parse
 
@@ -189,16 +171,13 @@ def partial(path, folder=False):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{path.stem}.*.partial{path.suffix}"):
-        if not is_locked(left):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        with contextlib.suppress(OSError), locked(left):
+            remove(left)
     temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
-    lock = None
     try:
         temporary.mkdir() if folder else temporary.touch()
-        lock = os.open(temporary, os.O_RDONLY) if fcntl else None
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield temporary
+        with locked(temporary):
+            yield temporary
         if not folder:
             temporary.replace(path)
         elif not path.exists():  # or another process has made the same folder meanwhile
@@ -207,26 +186,23 @@ def partial(path, folder=False):
         error.filename = str(path)
         raise
     finally:
-        if lock is not None:
-            os.close(lock)
-        shutil.rmtree(temporary, ignore_errors=True) if folder else temporary.unlink(missing_ok=True)
+        remove(temporary)
 
 
-def is_locked(path):
-    """Whether another process is writing the temporary file or folder `path` now."""
-    if not fcntl:
-        return True
+@contextlib.contextmanager
+def locked(path):
+    """Holds a lock on a file or folder. OSError if another process has it; a process that dies gives it back."""
+    file = os.open(path, os.O_RDONLY)
     try:
-        file = os.open(path, os.O_RDONLY)
-    except OSError:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return False
-    except OSError:
-        return True
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     finally:
         os.close(file)
+
+
+def remove(path):
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_atomic(path, content):

@@ -5,29 +5,32 @@ import os
 from pathlib import Path
 
 from lib import common
-from lib.common import UserError, positive
+from lib.common import UserError, names, positive
 
 # The paper's sizes (appendix A), with budgets for two CPU cores: an hour for takecover, one or two for carracing.
 # Those of pointmaze are not tuned.
 #   heads: what M predicts besides the next z. It predicts the reward, unlike the paper's M of CarRacing, so that the
 #   reward can be dreamt. cell: C sees the LSTM's cell state, too. restart: M is told when an episode begins.
 #   squash: how C's outputs become actions. policy: collects the first episodes. where: C is trained there.
-SIZES = dict(n_mix=5, mixture="vector")
+M = dict(n_mix=5, mixture="vector")
 RECIPES = {
-    "takecover": SIZES
+    "takecover": M
     | dict(action_dim=1, z_dim=64, hidden=512, cell=True, bias=False, restart=True, heads="done", squash="tanh")
     | dict(policy="hold", max_steps=2100, episodes=2400, v_steps=5000, m_steps=6000, where="dream", tau=[3.0])
     | dict(beta=0.1, popsize=64, trials=8, generations=25, score_trials=100),
-    "carracing": SIZES
+    "carracing": M
     | dict(action_dim=3, z_dim=32, hidden=256, cell=False, bias=True, restart=False, heads="reward", squash="car")
     | dict(policy="brownian", max_steps=1000, episodes=60, v_steps=3000, m_steps=1000, where="real", tau=[1.0])
     | dict(beta=1.0, popsize=16, trials=2, generations=50, score_trials=16),
-    "pointmaze": SIZES
+    "pointmaze": M
     | dict(action_dim=2, z_dim=32, hidden=256, cell=False, bias=True, restart=False, heads="reward", squash="tanh")
     | dict(policy="hold", max_steps=100, episodes=300, v_steps=4000, m_steps=1000, where="dream", tau=[1.0])
     | dict(beta=0.1, popsize=32, trials=8, generations=40, score_trials=100),
 }
 
+SIZES = dict(
+    z_dim=positive, hidden=positive, n_mix=positive, mixture=lambda word: names(("vector", "dimension"))(word)[0]
+)
 RUN_FLAGS = (
     "env seed max_steps episodes z_dim hidden n_mix mixture heads v_steps beta m_steps lr".split()
 )  # V's and M's
@@ -45,7 +48,7 @@ def parse_args(argv, steps, description):
     add("--workers", type=positive, default=os.cpu_count(), help="number of processes with a real environment")
     add("--max-steps", type=positive, help="the most steps of an episode, real or dreamt")
     add("--episodes", type=positive, help="number of episodes to collect (the paper: 10,000)")
-    add("--sizes", type=common.key_values, default={}, help="z_dim, hidden (units of the LSTM), n_mix (Gaussians), "
+    add("--sizes", type=common.key_values(SIZES), default={}, help="z_dim, hidden (LSTM units), n_mix (Gaussians), "
         "mixture (vector: over the whole z; dimension: for each of its numbers), as z_dim=32,hidden=256")  # fmt: skip
     add("--v-steps", type=positive, help="steps of Adam for V")
     add("--beta", type=common.number(float, 0, 1e6), help="weight of V's KL term")
@@ -61,10 +64,7 @@ def parse_args(argv, steps, description):
     add("--test-episodes", type=positive, default=100, help="real episodes, and as many dreams, for each C")
     add("--iterations", type=positive, default=3, help="rounds of `iterate`")
     given = parser.parse_args(argv)
-    recipe = RECIPES[given.env]
-    sizes = {name: (recipe[name], positive) for name in ("z_dim", "hidden", "n_mix")}
-    sizes["mixture"] = recipe["mixture"], common.choice("vector", "dimension")
-    args = argparse.Namespace(**recipe | vars(given) | common.settings("--sizes", given.sizes, sizes), previous=None)
+    args = argparse.Namespace(**RECIPES[given.env] | vars(given) | given.sizes, previous=None)
     args.run = args.out or Path(f"runs/worldmodels_{args.env}")
     if len({f"{tau:g}" for tau in args.tau}) < len(args.tau):
         raise UserError("a temperature stands twice in --tau")

@@ -38,6 +38,17 @@ def rotate(x, cos, sin):
     return x * cos + turned * sin
 
 
+def attend(q, k, v, mask=None, past=None, ask=None, dropout=0.0):
+    """Attention of q, k, v (B, heads, L, head_dim), and all keys and values. `past`: those of the tokens before, which
+    the tokens here may all see; `ask`: only so many of the last tokens want an answer, and these may see all."""
+    if past is not None:
+        k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+    if ask is not None:
+        q = q[:, :, -ask:]
+    mask = mask if past is None and ask is None else None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout), (k, v)
+
+
 class RotaryBlock(nn.Module):
     """A pre-norm transformer block with rotary positions. Its parameters have the names of V-JEPA 2's release."""
 
@@ -48,12 +59,12 @@ class RotaryBlock(nn.Module):
         self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, mlp_dim), "fc2": nn.Linear(mlp_dim, width)})
 
-    def forward(self, x, cos, sin, mask=None):
+    def forward(self, x, cos, sin, mask=None, past=None, ask=None):
         qkv = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, head_dim)
-        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, attn_mask=mask)
-        x = x + self.attn["proj"](y.transpose(1, 2).flatten(2))
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+        y, kept = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask, past, ask)
+        x = (x if ask is None else x[:, -ask:]) + self.attn["proj"](y.transpose(1, 2).flatten(2))
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))), kept
 
 
 class RotaryTransformer(nn.Module):
@@ -70,7 +81,7 @@ class RotaryTransformer(nn.Module):
     def forward(self, x, index):
         cos, sin = self.cos[index][:, None], self.sin[index][:, None]  # (B, 1, L, head_dim)
         for block in self.blocks:
-            x = block(x, cos, sin)
+            x, _ = block(x, cos, sin)
         return self.norm(x)
 
 

@@ -264,9 +264,13 @@ class EpisodePool:
         make_env(env, img_size).close()  # an unknown name or a missing package fails here, in one line
         self.workers = Workers(workers, _begin_worker, (env, img_size, make_policies, *args))
 
-    def map(self, jobs, chunksize=4, frames=True):
-        """Yields the episodes in order; without `frames` they lack them, and cost little to send."""
-        return self.workers.map(partial(_play, frames=frames), jobs, chunksize)
+    def map(self, jobs):
+        """Yields the episodes in order."""
+        return self.workers.map(_play, jobs)
+
+    def returns(self, jobs):
+        """Yields the cumulative rewards of the episodes, in order."""
+        return self.workers.map(_return_of, jobs, chunksize=1)
 
     def __enter__(self):
         return self
@@ -280,14 +284,17 @@ def _begin_worker(env, img_size, make_policies, *args):
     _env, _make_policy = make_env(env, img_size), make_policies and make_policies(*args)
 
 
-def _play(job, frames):
+def _play(job):
     """One episode from a random state, where the world can be put into one. It depends on its job alone."""
     who, seed, rng = job["who"], job["seed"], np.random.default_rng(job["seed"])
     if hasattr(_env, "set_state"):
         _env.set_state(_env.sample_state(rng))
         obs = _env.observe()
     else:
-        obs, _ = _env.reset(seed=seed if isinstance(seed, int) else int(rng.integers(2**31)))
+        obs, _ = _env.reset(seed=seed % 2**31 if isinstance(seed, int) else int(rng.integers(2**31)))
     policy = RandomPolicy(who, _env.action_space, rng) if isinstance(who, str) else _make_policy(who, seed)
-    episode = rollout(_env, obs, policy, **{k: v for k, v in job.items() if k not in ("who", "seed")})
-    return episode if frames else episode | {"frames": None}
+    return rollout(_env, obs, policy, **{k: v for k, v in job.items() if k not in ("who", "seed")})
+
+
+def _return_of(job):
+    return float(_play(job)["rewards"].sum(dtype=np.float64))

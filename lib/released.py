@@ -1,0 +1,290 @@
+"""What DINO-WM's authors released, read as it lies on the disk: the PointMaze archive and the checkpoints.
+
+Zhou et al., 2024, arXiv:2411.04983; the code and its formats are in gaoyuezhou/dino_wm on GitHub. A checkpoint there is
+a pickle of whole modules, and a pickle is a program that may call any function by its name. Here it can make
+
+    containers    dict, set, OrderedDict, defaultdict
+    tensors       a storage of the file, seen by (offset, size, stride)
+    shells        they stand where a module or an optimiser stood, and keep its state but not its behaviour
+
+and nothing else. No module is imported on its behalf, and any other name is an error that says the name.
+
+    python -m lib.released point_maze            # describes the data set, and draws contact_sheet.png
+    python -m lib.released outputs/point_maze    # describes the run: its settings and its tensors
+    python -m lib.released outputs/point_maze --data point_maze --convert runs/point_maze    # makes it a run of ours
+"""
+
+import pickle
+import zipfile
+from collections import OrderedDict, defaultdict
+from functools import partial, reduce
+from operator import getitem
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+
+from data import Dataset, inspect, open_dataset
+from encoders import build_encoder
+from lib import common
+from lib.common import UserError
+from lib.weights import load_renamed, rename, vit_names
+from predictor import WorldModel
+
+# ---------------------------------------------------------------------------------------------------------
+# The data set
+
+read_tensor = partial(common.load_tensors, kind=torch.Tensor, mmap=True)  # from a file
+
+
+class ReleasedDataset(Dataset):
+    """The unpacked folder `point_maze` as a `Dataset` without rewards, in which a row is one environment step.
+
+    states.pth (E, T, 4), actions.pth (E, T, 2), seq_lengths.pth (E,), and obses/episode_000.pth and so on, each
+    (T, H, W, 3) uint8. States and actions are in memory, and frames are read when they are indexed.
+    """
+
+    ARRAYS, SUFFIX = ("frames", "states", "actions"), ".pth"
+
+    def __init__(self, path):
+        self.path = Path(path)
+        lengths = read_tensor(self.path / "seq_lengths.pth")
+        if lengths.ndim != 1 or lengths.is_floating_point() or not len(lengths) or lengths.min() < 1:
+            raise UserError(f"{self.path / 'seq_lengths.pth'} is not one whole number of steps for each episode")
+        self.episode_ends = lengths.cumsum(0).numpy()
+        self.episode_starts = self.episode_ends - lengths.numpy()
+        for name in ("states", "actions"):
+            file, E, T = self.path / f"{name}{self.SUFFIX}", len(lengths), lengths.max()
+            padded = read_tensor(file)
+            if padded.ndim != 3 or len(padded) != E or padded.shape[1] < T:
+                raise UserError(f"{file}: {tuple(padded.shape)} has no room for the {E} episodes of up to {T} steps")
+            inside = torch.arange(padded.shape[1]) < lengths[:, None]  # (E, T)
+            setattr(self, name, padded[inside].float().numpy())  # (S, 4) or (S, 2)
+        self.frames = EpisodeFrames(self.path / "obses", self.episode_starts, self.episode_ends)
+        self.meta = dict(env="pointmaze-d4rl", img_size=self.frames.shape[1], frameskip=1)
+        self.check()
+
+    def split(self):
+        """Episode numbers (train, validation). As in the release, 90 % of a shuffle by seed 42 are for training."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(42)).numpy()
+        cut = int(0.9 * len(self))
+        return np.sort(order[:cut]), np.sort(order[cut:])
+
+    def statistics(self, episodes=None):
+        """Mean and standard deviation, per dimension, of action and state. As in the release they are those of all
+        episodes, whatever `episodes` says, and the deviation divides by n - 1."""
+        values = {"action": torch.from_numpy(self.actions), "proprio": torch.from_numpy(self.states)}
+        return {name: (v.mean(0).numpy(), v.std(0).numpy()) for name, v in values.items()}
+
+
+class EpisodeFrames:
+    """The frames (S, H, W, 3) uint8 of all episodes, which have a file each. Only what is indexed is read."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, folder, starts, ends):
+        self.starts, self.ends = starts, ends
+        self.files = [folder / f"episode_{i:03d}.pth" for i in range(len(ends))]
+        shape = tuple(read_tensor(self.files[0]).shape[1:2]) * 2 + (3,)  # square, and in three colours
+        self.shape = (int(ends[-1]), *shape)
+        for file, length in zip(self.files, ends - starts, strict=True):  # now, and not after hours of encoding
+            frames = read_tensor(file)
+            if frames.dtype != torch.uint8 or frames.shape[1:] != shape or not frames.numel():
+                raise UserError(f"{file}: frames {tuple(frames.shape)} of {frames.dtype} are not {shape} of uint8 each")
+            if len(frames) < length:
+                raise UserError(f"{file}: {len(frames)} frames, where seq_lengths.pth says {length}")
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, index):
+        """Rows by a number, a slice or an array of numbers."""
+        rows = np.arange(len(self))[index]
+        episode = np.searchsorted(self.ends, rows, side="right")
+        frames = np.empty((*rows.shape, *self.shape[1:]), np.uint8)
+        for e in np.unique(episode):
+            frames[episode == e] = read_tensor(self.files[e])[rows[episode == e] - self.starts[e]].numpy()
+        return frames
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The checkpoint, which is read without executing it
+
+SHELLS = ("models.", "dinov2.", "torch.nn.modules.", "torch.optim.", "torch.device", "accelerate.")
+
+
+class Shell:
+    """It stands where an object of the release stood; `state` is what that object would have been given."""
+
+    def __init__(self, *args):
+        self.state = None
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+def read_pickle(path):
+    """What torch.save wrote to a file, with shells in place of modules and optimisers. It executes nothing of it."""
+    dtypes = {"Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16}
+    dtypes |= {"Long": torch.int64, "Int": torch.int32, "Bool": torch.bool, "Byte": torch.uint8}
+    known = {
+        **{f"{kind.__module__}.{kind.__name__}": kind for kind in (dict, set, OrderedDict, defaultdict)},
+        **{f"torch.{name}Storage": dtype for name, dtype in dtypes.items()},
+        "torch._utils._rebuild_tensor_v2": lambda storage, at, size, stride, *_: storage.as_strided(size, stride, at),
+        "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+        "torch._utils._rebuild_parameter_with_state": lambda tensor, *_: tensor,
+    }
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module, name):
+            full = f"{module.replace('__builtin__', 'builtins')}.{name}"  # pickle's protocol 2 has Python 2's name
+            if full not in known and not full.startswith(SHELLS):
+                raise UserError(f"{path} asks for {full}, which no checkpoint of DINO-WM needs: refused")
+            return known.get(full, Shell)
+
+        def persistent_load(self, key):
+            _, dtype, name, *_ = key  # ("storage", dtype, file in the archive, device, numbers)
+            content = bytearray(archive.read(f"{root}/data/{name}"))
+            return torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (root,) = (name[: -len("/data.pkl")] for name in archive.namelist() if name.endswith("/data.pkl"))
+            with archive.open(f"{root}/data.pkl") as file:
+                return Reader(file).load()
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {path}") from None
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise UserError(f"{path} is damaged, or no file of torch.save ({type(error).__name__})") from None
+
+
+def state_dict(shell):
+    """The tensors of a module's shell by name, as nn.Module.state_dict returns those of a module."""
+    own = {**shell.state["_parameters"], **shell.state["_buffers"]}
+    for child, module in shell.state["_modules"].items():
+        own |= {f"{child}.{name}": tensor for name, tensor in state_dict(module).items()}
+    return {name: tensor for name, tensor in own.items() if torch.is_tensor(tensor)}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The run
+
+CHECKPOINT = Path("checkpoints", "model_latest.pth")
+ENCODER_NAMES = {"x_norm_patchtokens": "dinov2", "x_norm_clstoken": "dino_cls"}
+ENCODER_SIZES = {"dinov2_vits14": "small", "dinov2_vitb14": "base", "dinov2_vitl14": "large"}
+# Settings that have to be one of these, and settings that become arguments of WorldModel
+KNOWN = {"env.name": ["point_maze"], "encoder._target_": ["models.dino.DinoV2Encoder"], "num_pred": [1]}
+KNOWN |= {"encoder.name": [*ENCODER_SIZES], "encoder.feature_key": [*ENCODER_NAMES]}
+SIZES = ["num_hist", "frameskip", "action_emb_dim", "concat_dim", "num_proprio_repeat", "num_action_repeat"]
+SIZES += ["predictor.depth", "predictor.heads", "predictor.mlp_dim", "predictor.dropout"]
+# From the release's names of tensors to ours
+NAMES = [
+    (r"^transformer\.layers\.(\d+)\.0\.to_out\.0\.", r"blocks.\1.0.to_out."),
+    (r"^transformer\.layers\.(\d+)\.1\.net\.", r"blocks.\1.1."),
+    (r"^transformer\.layers\.", "blocks."),
+    (r"^transformer\.norm\.", "norm."),
+    (r"^base_model\.|^patch_embed\.(?=weight|bias)", ""),
+]
+
+
+def read_run(run):
+    """A released run's settings, which are the dictionary in its hydra.yaml, and its tensors by part, {"predictor":
+    {name: tensor}, ...}, under our names. The part "encoder" is there only if it was trained."""
+    path, checkpoint = Path(run) / "hydra.yaml", Path(run) / CHECKPOINT
+    if not path.is_file():
+        raise UserError(f"no hydra.yaml in {run}, where a released run has it beside checkpoints/")
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        raise UserError(f"{path} is damaged, or not YAML") from None
+    content, parts = read_pickle(checkpoint), {}
+    for part in ("predictor", "proprio_encoder", "action_encoder", "decoder", "encoder"):
+        try:
+            tensors = rename(state_dict(content[part]), NAMES)
+            parts[part] = {k: t.squeeze(-1) if k == "weight" else t for k, t in tensors.items()}  # there a Conv1d
+        except (KeyError, TypeError, AttributeError, RecursionError):
+            if part not in ("decoder", "encoder"):
+                raise UserError(f"{checkpoint} does not hold a module '{part}'") from None
+    return settings, parts
+
+
+def load_released_model(run, device="cpu", data=None, weights=None):
+    """The world model in the folder of a released run, in eval mode. Such a run lacks two things: its statistics, which
+    are those of the data set `data` (default: where its hydra.yaml has it), and its frozen encoder, for which `weights`
+    is what `build_encoder` takes."""
+    (settings, parts), checkpoint = read_run(run), Path(run) / CHECKPOINT
+
+    def get(name):  # settings["a"]["b"] for the name "a.b"
+        try:
+            return reduce(getitem, name.split("."), settings)
+        except (KeyError, TypeError):
+            raise UserError(f"{run}/hydra.yaml has no {name}") from None
+
+    for name, known in KNOWN.items():
+        if get(name) not in known:
+            raise UserError(f"{run}/hydra.yaml: {name} is {get(name)}, not {' or '.join(map(str, known))}")
+    folder, img_size = str(data or get("env.dataset.data_path")), get("img_size")
+    if data is None and not Path(folder).exists():
+        raise UserError(f"the data that {run} normalises by are not at {folder}: give --data, the folder point_maze")
+    dataset = open_dataset(folder)
+    stats = dataset.statistics(dataset.split()[0])
+    if not get("env.dataset.normalize_action"):
+        stats = {name: (np.zeros_like(mean), np.ones_like(std)) for name, (mean, std) in stats.items()}
+    encoder_name = f"{ENCODER_NAMES[get('encoder.feature_key')]}-{ENCODER_SIZES[get('encoder.name')]}"
+    side = img_size // 16 * 14  # the encoder has a patch of 14 pixels for each 16 of the frame
+    encoder = build_encoder(encoder_name, side, "random" if "encoder" in parts else weights)
+    if "encoder" in parts:
+        load_renamed(encoder.vit, parts.pop("encoder"), partial(vit_names, encoder.vit), checkpoint)
+    sizes = {name.removeprefix("predictor."): get(name) for name in SIZES}
+    sizes |= dict(emb_dim=get("proprio_emb_dim"), world=dict(env="pointmaze-d4rl", img_size=img_size, data=folder))
+    if "decoder" in parts:
+        names = ["depth"] if encoder.num_patches == 1 else "channel n_res_block n_res_channel quantize n_embed".split()
+        sizes["decoder"] = {"img_size": img_size, **{name: get(f"decoder.{name}") for name in names}}
+    model = WorldModel(encoder, stats["action"], stats["proprio"], **sizes)
+    for part, tensors in parts.items():
+        common.load_state(getattr(model, part), tensors, checkpoint)
+    return model.to(device).eval()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The script
+
+
+def describe(run):
+    """Prints a released run's settings, and the shape, mean and standard deviation of each of its tensors."""
+    settings, parts = read_run(run)
+    print(yaml.safe_dump(settings, sort_keys=False))
+    print(f"{'tensor, by our name':44} {'shape':20} {'mean':>9} {'std':>9}")
+    for part, tensors in parts.items():
+        for name, tensor in tensors.items():
+            shape, values = tuple(tensor.shape), tensor.float()
+            print(f"{part + '.' + name:44} {str(shape):20} {values.mean():9.4f} {values.std(correction=0):9.4f}")
+
+
+def main():
+    parser = common.Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("path", type=Path, help="a released data set or run, which is described unless --convert is given")
+    add("--convert", type=Path, metavar="DIR", help="write the released run to this new folder, as a run of ours")
+    add("--data", help="data set that a run to convert normalises by (default: where its hydra.yaml has it)")
+    add("--weights", help="pretrained weights for the encoder of a run to convert, which lacks them; as in train.py")
+    args = parser.parse_args()
+    if args.convert and args.convert.exists():
+        raise UserError(f"{args.convert} is there: remove it, or choose another folder for --convert")
+    if args.convert:
+        model = load_released_model(args.path, "cpu", args.data, args.weights)
+        with common.partial(args.convert, folder=True) as folder:
+            common.write_json(folder / "args.json", {"released": str(args.path)})
+            model.save(folder)
+        print(f"{args.path} is converted: python plan.py --ckpt {args.convert}")
+    elif (args.path / "obses").exists() or (args.path / "seq_lengths.pth").exists():
+        inspect(ReleasedDataset(args.path))
+    else:
+        describe(args.path)
+
+
+if __name__ == "__main__":
+    common.run_script(main)
