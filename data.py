@@ -92,6 +92,7 @@ class Dataset:
     """A folder that `write_dataset` wrote, memory-mapped: `.frames`, `.states`, `.actions`, `.rewards`, `.dones`,
     `.episode_ends`, and `.meta`. UserError if it is missing, damaged or not a data set."""
 
+    SUFFIX = ".npy"
     ARRAYS = {"frames": (4, "u"), "states": (2, "f"), "actions": (2, "f"), "rewards": (1, "f"), "dones": (1, "b")}
 
     def __init__(self, path):
@@ -117,15 +118,17 @@ class Dataset:
             "the arrays have different numbers of rows": {len(getattr(self, name)) for name in self.ARRAYS} != {rows},
             f"episode_ends do not end with row {rows}": len(ends) and ends[-1] != rows,
             "frames are not square and in three colours": self.frames.shape[1:] != (meta.get("img_size"),) * 2 + (3,),
+            "states or actions are empty": not self.states.shape[1] or not self.actions.shape[1],
             "actions do not divide by frameskip": whole["frameskip"] and self.actions.shape[1] % meta["frameskip"] != 0,
         }
         if found := [problem for problem, true in problems.items() if true]:
             raise UserError(f"{self.path} is not a whole data set ({found[0]}): collect it again with data.py")
-        for name in ("states", "actions"):
-            good = (np.abs(getattr(self, name)) < 1e9).all(1)  # a NaN fails the comparison, too
+        for name in [name for name in self.ARRAYS if name in ("states", "actions", "rewards")]:
+            good = (np.abs(getattr(self, name).reshape(rows, -1)) < 1e9).all(1)  # a NaN fails the comparison, too
             if not good.all():
                 episode = np.searchsorted(ends, good.argmin(), side="right")
-                raise UserError(f"{self.path}: the {name} of episode {episode} hold numbers that are not finite")
+                where = f"{self.path / name}{self.SUFFIX}: {name} of episode {episode}"
+                raise UserError(f"{where} are not finite numbers")
 
     def __len__(self):
         return len(self.episode_ends)
@@ -156,10 +159,9 @@ def open_array(path, ndim, kind):
         raise UserError(f"cannot read {path}: you lack the permission") from None
     except Exception:  # a damaged header can fail in any way
         array = None
-    if array is None or array.ndim != ndim or array.dtype.kind != kind:
-        raise UserError(
-            f"{path} is missing, damaged, or not an array as this project writes it: remove it, make it again"
-        )
+    whole = array is not None and array.offset + array.nbytes == path.stat().st_size
+    if not whole or array.ndim != ndim or array.dtype.kind != kind or not array.dtype.isnative:
+        raise UserError(f"{path} is missing, damaged, or not an array of this project: remove it, and make it again")
     return array
 
 

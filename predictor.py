@@ -468,7 +468,7 @@ class WorldModel(nn.Module):
             new = after[:, -1:]
             frames.append(new)
             if t < cut:
-                new, memory = new.detach(), None if memory is None else memory.detach()
+                new, memory = new.detach(), memory.detach() if torch.is_tensor(memory) else None
             z = torch.cat([z, new], dim=1)
         return torch.cat(frames, dim=1)
 
@@ -503,9 +503,13 @@ class WorldModel(nn.Module):
             stats[0] = tuple(s[: len(s) // config["frameskip"]] for s in stats[0])  # of one environment action
             encoder = build_encoder(config.pop("encoder"), config.pop("img_size"), weights="random")
             config.pop("num_pred", None)  # older checkpoints have it, and it is 1
+            world, counts = config["world"], (config["num_hist"], config["frameskip"], config["world"]["img_size"])
+            if not all(isinstance(n, int) and n > 0 for n in counts) or {type(world[k]) for k in ("env", "data")} != {
+                str
+            }:
+                raise ValueError("num_hist, frameskip or world is not what it should be")
             model = cls(encoder, *stats, **config.pop("sizes"), **config)
-            model.world["env"], model.world["img_size"], model.world["data"]
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, ZeroDivisionError) as error:
             reason = " ".join(str(error).split())[:150]
             raise UserError(f"{path} is not a checkpoint of this version ({reason}): train it again") from None
         load_state(model, state, path)

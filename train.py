@@ -38,7 +38,8 @@ DECODER_FRAMES = 32  # frames a step that the decoder learns from: the last of e
 
 
 def train(args):
-    world = data.open_dataset(args.data).meta if args.data else {}
+    dataset = data.open_dataset(args.data) if args.data else None
+    world = dataset.meta if dataset else {}
     env, img_size = args.env or world.get("env", "pointmaze"), args.img_size or world.get("img_size", 64)
     variants = [args.predictor] * (args.predictor != "vit") + [args.variant] * (args.variant == "paper")
     directory = common.output_folder("runs", args.name or "_".join([env, args.encoder, *variants]))
@@ -60,7 +61,10 @@ def train(args):
     encoder = build_encoder(args.encoder, encoder_img_size(args), args.weights if resumed is None else "random")
     single = encoder.num_patches == 1
     sizes = transition_sizes(args, single)
-    dataset = open_or_collect(args, env, img_size)
+    dataset = dataset or open_or_collect(args, env, img_size)
+    for flag, wanted in (("env", env), ("img_size", img_size)):
+        if dataset.meta[flag] != wanted:
+            raise UserError(f"{dataset.path} has --{flag.replace('_', '-')} {dataset.meta[flag]}, and not {wanted}")
     print(f"{dataset.path}: {len(dataset)} episodes, frameskip {dataset.meta['frameskip']}")
     train_episodes, val_episodes = dataset.split()
     num_frames = args.num_hist + args.rollout_steps
@@ -99,8 +103,8 @@ def train(args):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, total_steps))
     log = []
     if resumed is not None:
+        common.load_state(model, resumed["model"], directory / "model.pt")
         try:
-            model.load_state_dict(resumed["model"])
             optimizer.load_state_dict(resumed["optimizer"])
             schedule.load_state_dict(resumed["schedule"])
             log = resumed["log"]
@@ -196,7 +200,7 @@ def show_imagination(model, dataset, episodes, num_frames, tokens, device, direc
     rows = [film[i] for i in range(4) for film in (real, decoded, imagined)]
     pictures.write_strips(directory / "imagined.png", *rows)
     films = np.concatenate([pictures.beside(real[i], imagined[i]) for i in range(4)])
-    pictures.write_gif(directory / "imagined.gif", films.repeat(model.frameskip, axis=0))
+    pictures.write_gif(directory / "imagined.gif", films, duration=50 * model.frameskip)
     errors = {"recon": recon.item(), "vq": vq.item(), "recon_pred": recon_pred.item()}
     return errors | pictures.likeness(imagined[:, known:], real[:, known:])
 
@@ -206,15 +210,11 @@ def show_imagination(model, dataset, episodes, num_frames, tokens, device, direc
 
 
 def open_or_collect(args, env, img_size):
-    """The data set of --data, or the default one of --env, which is collected first if it is not there."""
-    path = args.data or data.default_folder(env, img_size)
-    if not args.data and not path.exists():
+    """The default data set of a world, which is collected first if it is not there."""
+    path = data.default_folder(env, img_size)
+    if not path.exists():
         data.collect(path, env, 3000, 20, args.frameskip, img_size)
-    dataset = data.open_dataset(path)
-    for flag, wanted in (("env", env), ("img_size", img_size)):
-        if dataset.meta[flag] != wanted:
-            raise UserError(f"{path} has --{flag.replace('_', '-')} {dataset.meta[flag]}, and not {wanted}")
-    return dataset
+    return data.open_dataset(path)
 
 
 def frames_to_fit(encoder, dataset, episodes, rng):
@@ -238,8 +238,12 @@ PAPER = dict(depth=6, heads=16, dim_head=64, mlp_dim=2048, dropout=0.1) | COMPOS
 LAPTOP = dict(depth=4, heads=4, dim_head=32, mlp_dim=256, dropout=0.0) | COMPOSITION
 SIZES = {"vit": PAPER, "rwm": dict(width=256, depth=2, mlp_dim=128)}
 SIZES["vjepa2_ac"] = dict(width=128, depth=4, heads=4, mlp_dim=512)
-KNOWN_SIZES = {name: positive for sizes in SIZES.values() for name in sizes}
-KNOWN_SIZES |= {"dropout": common.number(float, 0, 0.99), "concat_dim": common.number(int, 0, 1)}
+KNOWN_SIZES = {name: common.number(int, 1, 10**5) for sizes in SIZES.values() for name in sizes}
+KNOWN_SIZES |= {
+    "depth": common.number(int, 1, 1000),
+    "dropout": common.number(float, 0, 0.99),
+    "concat_dim": common.number(int, 0, 1),
+}
 
 
 def transition_sizes(args, single):

@@ -384,7 +384,7 @@ def evolve(scores, mean, path, popsize, trials, generations, score_trials, sigma
     es = cma.CMAEvolutionStrategy(mean, sigma0, {"popsize": popsize, "seed": seed + 1, "verbose": -9})
     best = dict(score=-math.inf, params=torch.tensor(mean, dtype=torch.float32), fitness=[], log=[], begun=begun)
     if path.exists():
-        best = best | common.load_tensors(path)
+        best = load_controller(path, len(mean))
     if best["begun"] != begun:
         raise UserError(f"{path} was begun with {best['begun']} and not {begun}: remove it, or give these flags")
     bar = tqdm(range(generations), desc=f"train C ({path.stem})")
@@ -403,8 +403,17 @@ def evolve(scores, mean, path, popsize, trials, generations, score_trials, sigma
         best["fitness"].append(values.tolist())
         best["log"].append({k: float(v) for k, v in row.items()})
         bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k != "generation"})
-        common.save_tensors(path, best)
         common.write_csv(path.with_suffix(".csv"), best["log"])
+        common.save_tensors(path, best)
+    return best
+
+
+def load_controller(path, size):
+    """What `evolve` keeps in `path`, for a C of `size` weights."""
+    best = common.load_tensors(path)
+    params = best.get("params")
+    if not {"begun", "fitness", "log", "score"} <= best.keys() or len(params) != size or not params.isfinite().all():
+        raise UserError(f"{path} does not hold the {size} weights of C: remove it, and give train-c again")
     return best
 
 
@@ -436,9 +445,12 @@ def train_v(args):
     """2. V on the frames, then mu and logvar of each frame into latents.npy."""
     frames, latents = dataset_of(args).frames, args.run / "latents.npy"
     torch.manual_seed(args.seed)
-    vae = common.load_fitted(VAE, args.previous.run / "vae.pt") if args.previous else VAE(args.z_dim)
-    vae.to(args.device)
-    train_vae(vae, frames, args.v_steps, lr=args.lr, beta=args.beta, seed=args.seed, path=args.run / "vae.pt")
+    vae = VAE(args.z_dim)
+    if args.previous:
+        common.load_fitted(vae, args.previous.run / "vae.pt")
+    train_vae(
+        vae.to(args.device), frames, args.v_steps, lr=args.lr, beta=args.beta, seed=args.seed, path=args.run / "vae.pt"
+    )
     with torch.inference_mode():
         if not latents.exists():
             chunks = (frames[i : i + 500] for i in tqdm(range(0, len(frames), 500), desc="encode"))
@@ -453,8 +465,9 @@ def train_m(args):
     """3. M on the latents."""
     dataset, latents = dataset_of(args), latents_of(args)
     torch.manual_seed(args.seed)
-    rnn = common.load_fitted(MDNRNN, args.previous.run / "rnn.pt") if args.previous else make_rnn(args)
-    rnn.to(args.device)
+    rnn = make_rnn(args).to(args.device)
+    if args.previous:
+        common.load_fitted(rnn, args.previous.run / "rnn.pt")
     train_mdnrnn(rnn, latents, dataset, args.m_steps, lr=args.lr, seed=args.seed, path=args.run / "rnn.pt")
 
 
@@ -511,7 +524,7 @@ def film_dream(args, vae, rnn, controller, name, params, length=600):
     dreamer = lambda obs: controller(weights, torch.from_numpy(obs["proprio"])[None])[0].numpy()  # noqa: E731
     for world, policy in ((dream, dreamer), (env, agent)):
         obs, _ = world.reset(seed=args.seed)
-        films.append(rollout(world, obs, policy, length)["frames"])
+        films.append(rollout(world, obs, policy, min(length, args.max_steps))["frames"])
     both = min(map(len, films))
     pictures.write_gif(args.run / "dream.gif", pictures.beside(films[0][:both], films[1][:both])[::3], duration=85)
 
@@ -573,14 +586,17 @@ def latents_of(args):
 
 def load_models(args):
     """V and M as they were trained, and C's form."""
-    vae = common.load_fitted(VAE, need(args.run / "vae.pt", "train-v", args)).requires_grad_(False)
-    rnn = common.load_fitted(MDNRNN, need(args.run / "rnn.pt", "train-m", args)).requires_grad_(False)
+    vae = common.load_fitted(VAE(args.z_dim), need(args.run / "vae.pt", "train-v", args)).requires_grad_(False)
+    path = need(args.run / "rnn.pt", "train-m", args)
+    heads = (common.load_tensors(path).get("config") or {}).get("heads", "")  # iterate gives M more of them
+    rnn = common.load_fitted(make_rnn(args, heads), path).requires_grad_(False)
     vae.encoder.to(memory_format=torch.channels_last)  # as the frames are: the same z, and a third less time
     return vae, rnn, make_controller(args)
 
 
-def make_rnn(args):
-    return MDNRNN(args.z_dim, args.action_dim, args.hidden, args.n_mix, args.mixture, args.heads, args.restart)
+def make_rnn(args, heads=None):
+    sizes = args.z_dim, args.action_dim, args.hidden, args.n_mix, args.mixture
+    return MDNRNN(*sizes, args.heads if heads is None else heads, args.restart)
 
 
 def make_controller(args):
@@ -600,13 +616,9 @@ def controllers(args):
 def trained_controllers(args, every=False):
     """{name: C's weights (n,) float32}: those that the flags name, or with `every` all that the run has."""
     paths = {path.stem.removeprefix("c_"): path for path in sorted(args.run.glob("c_*.pt"))} if every else {}
-    found, size = {}, make_controller(args).num_params
-    for name, path in (paths or controllers(args)).items():
-        params = common.load_tensors(need(path, "train-c", args)).get("params")
-        if not torch.is_tensor(params) or params.shape != (size,) or not params.isfinite().all():
-            raise UserError(f"{path} does not hold the {size} weights of C: remove it, and give train-c again")
-        found[name] = params.numpy()
-    return found
+    size = make_controller(args).num_params
+    found = {name: need(path, "train-c", args) for name, path in (paths or controllers(args)).items()}
+    return {name: load_controller(path, size)["params"].numpy() for name, path in found.items()}
 
 
 PATIENCE = 100  # steps without a reward after which the search gives an episode up: off the road few cars come back
@@ -637,10 +649,11 @@ STEPS |= {"all": lambda args: [step(args) for step in FIVE][-1], "iterate": iter
 
 def main(argv=None):
     args = parse_args(argv, STEPS, __doc__)
-    if args.step not in ("bench", "test"):
+    if args.step != "bench":
         flags = {name: getattr(args, name) for name in RUN_FLAGS}
         common.same_flags(args.run, flags)
-        common.write_json(args.run / "args.json", flags)
+        if args.step != "test":
+            common.write_json(args.run / "args.json", flags)
     STEPS[args.step](args)
 
 

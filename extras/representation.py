@@ -2,8 +2,7 @@
 
 Every encoder gets the same frames, transition model, gradient steps, goals and budget of CEM. PointMaze-UMaze hardly
 tells encoders apart when there is time to replan (DINO-WM, arXiv:2411.04983: 0.94 to 0.98). So they are also compared
-after a single plan, in a larger maze, and in a world that appears otherwise than it did in training. For each encoder,
-maze and seed the study measures
+after a single plan, in a larger maze, and in a world that appears otherwise than in training. Each run measures
 
     success       the share of the problems that are solved within 1, 2, ... MPC iterations; with each shift, within one
     latent error  the error of the predicted next latent, divided by the error of predicting no change
@@ -14,8 +13,8 @@ maze and seed the study measures
     python -m extras.representation --encoder dinov2,dinov2@random,r3m@r3m.pth --steps 20000 --n-evals 50    # on a GPU
 
 Writes runs/NAME/: a run of train.py for each maze, encoder and seed, with its measurements in study.json; the controls
-for each maze and seed; and table.md and study.png, which show them all. An interrupted study goes on when the same
-command is given again. Encoders, mazes and seeds can be added later.
+for each maze and seed; table.md and study.png. When the same command is given again, an interrupted study goes on.
+Encoders, mazes and seeds can be added later.
 """
 
 import contextlib
@@ -42,9 +41,8 @@ LAPTOP = "pca,vae,vae_map,patches,vjepa_tiny"
 SHIFTED = "pointmaze"  # the maze in which the shifts are tried
 CONTROLS = "controls"  # stands in the encoder's place where the random policy and the true simulator are measured
 
-# The flags of train.py and of plan.py that the study passes on, with its own defaults
-TRAINING = dict(img_size=64, steps=3000, batch_size=32)
-PLANNING = dict(n_evals=32, max_iter=3, num_samples=64, topk=8, opt_steps=5)
+TRAINING = dict(img_size=64, steps=3000, batch_size=32)  # flags of train.py that are passed on, with other defaults
+PLANNING = dict(n_evals=32, max_iter=3, num_samples=64, topk=8, opt_steps=5)  # and flags of plan.py
 
 
 def run_path(args, env, encoder, seed):
@@ -89,8 +87,7 @@ def measure(args, env_name, encoder, seed):
     result["drift"] = horizon_error(env, {"": model}, args.drift, args.n_evals, [seed], device)[""]
 
     dataset = data.open_dataset(model.world["data"])
-    parts = zip(map(dataset.rows, dataset.split()), (4000, 1000), strict=True)  # and at most so many of their rows
-    rows = [part[:: -(-len(part) // most)] for part, most in parts]
+    rows = [r[:: -(-len(r) // most)] for r, most in zip(map(dataset.rows, dataset.split()), (4000, 1000), strict=True)]
     result["probe"] = linear_probe(data.token_cache(model.encoder, dataset, device), dataset.states, rows)
     return result
 
@@ -177,23 +174,25 @@ def write_tables(args, results, path):
         rows = [[name, *(cell([run["shift"][shift] for run in of]) for shift in shown)] for name, of in runs.items()]
         tables += table(f"{SHIFTED} with each shift, success within 1", ["encoder", *shown], rows)
     common.write_atomic(path, tables)
-    print("\n" + tables)
+    print("\n" + tables, end="")
 
 
 def draw(args, results, path):
     """Draws success by budget for each maze, drift by horizon, and success by shift, with intervals over seeds."""
-    k, mazes, shown = np.arange(1, args.max_iter + 1), len(args.env), ["plain", *args.shift]
+    mazes, shown = len(args.env), ["plain", *args.shift]
+    k, h = (np.arange(1, n + 1) for n in (args.max_iter, args.drift))
     figure = pictures.new_figure((9, 3.2 * ((mazes + 3) // 2)))
     axes = figure.subplots((mazes + 3) // 2, 2).ravel()
     drift, shifts = axes[mazes : mazes + 2]
     for i, encoder in enumerate(args.encoder):
-        aside = 0.04 * i  # curves stand a little apart, so that their intervals are seen
+        aside = 0.04 * (i - len(args.encoder) / 2)  # curves stand a little apart, so that their intervals are seen
         for env, ax in zip(args.env, axes, strict=False):
             mean, half = interval([run["success"] for run in results[env, encoder]])
             ax.errorbar(k + aside, mean, half, marker="o", ms=3, capsize=2, label=encoder)
         for of, style in (("model", "-"), ("copy", ":")):
             mean, half = interval([run["drift"][of] for run in results[args.env[0], encoder]])
-            drift.errorbar(np.arange(len(mean)) + 1 + aside, mean, half, ls=style, color=f"C{i}", capsize=2)
+            drift.plot(h, mean, style, color=f"C{i}")
+            drift.fill_between(h, mean - half, mean + half, color=f"C{i}", alpha=0.15, lw=0)
         if SHIFTED in args.env:
             mean, half = interval([[run["shift"][shift] for shift in shown] for run in results[SHIFTED, encoder]])
             shifts.errorbar(np.arange(len(shown)) + 3 * aside, mean, half, fmt="o", ms=3, capsize=2)
@@ -264,7 +263,7 @@ def main():
         results.setdefault((env, name), []).append(common.read_json(run_path(args, env, name, seed) / "study.json"))
     write_tables(args, results, root / "table.md")
     draw(args, results, root / "study.png")
-    print(f"\n{root}/ holds table.md, study.png and the runs")
+    print(f"{root}/ holds table.md, study.png and the runs")
 
 
 if __name__ == "__main__":

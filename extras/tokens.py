@@ -7,13 +7,11 @@ Writes tokens.png to the folder of --out: a row of frames, and below it a row fo
 weights are not there is left out. One that learns from frames is fitted first, to the frames that are looked at.
 """
 
-from pathlib import Path
-
 import numpy as np
 
 import data
 from encoders import ENCODERS, build_encoder, see_all
-from lib.common import Parser, UserError, names, run_script
+from lib.common import Parser, UserError, run_script
 from lib.pictures import principal_colours, write_rows
 from lib.worlds import RandomPolicy, make_env, rollout
 
@@ -57,13 +55,15 @@ def draw(encoders, weights, frames, path):
 
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
-    known = [name for base, entry in LISTED.items() for name in (base, *(f"{base}-{size}" for size in entry.sizes))]
-    parser.add_argument("--encoders", type=names(known), default=list(LISTED), help="the rows, as NAME,NAME")
+    parser.add_argument("--encoders", default=",".join(LISTED), help="the rows, as NAME,NAME or NAME-SIZE,NAME")
     parser.add_argument("--weights", help="weights of all encoders that take any: what train.py --weights takes")
     parser.add_argument("--data", help="data set whose frames are looked at (default: frames of PointMaze, 224 px)")
     parser.add_argument("--out", default="plan_outputs", help="folder in which tokens.png is written")
     args = parser.parse_args()
-    draw(args.encoders, args.weights, sample_frames(args.data), Path(args.out) / "tokens.png")
+    encoders = args.encoders.split(",")
+    if unknown := [name for name in encoders if name.partition("-")[0] not in LISTED]:
+        raise UserError(f"unknown encoder '{unknown[0]}'; known: {', '.join(LISTED)}")
+    draw(encoders, args.weights, sample_frames(args.data), f"{args.out}/tokens.png")
 
 
 if __name__ == "__main__":

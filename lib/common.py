@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import uuid
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -30,7 +31,7 @@ except ImportError:
     fcntl = None
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
-DISK_ERRORS |= {errno.ENOENT, errno.ENAMETOOLONG}
+DISK_ERRORS |= {errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -158,7 +159,7 @@ def same_flags(directory, flags):
     before, now = read_json(path), json.loads(json.dumps(flags))
     if different := sorted(name for name in now.keys() | before.keys() if before.get(name) != now.get(name)):
         was = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}" for name in different)
-        raise UserError(f"{directory} was begun with other flags ({was}): give these, or remove it")
+        raise UserError(f"{directory} was begun with other flags ({was}): give these, or choose another folder")
 
 
 @contextlib.contextmanager
@@ -169,19 +170,19 @@ def partial(path, folder=False):
     process has left behind, and removes it.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.stem}.*.partial{path.suffix}"):
-        with contextlib.suppress(OSError), locked(left):
-            remove(left)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}.partial{path.suffix}")
+    unique = uuid.uuid4().hex[:8]
+    new, temporary = path.with_name(f".{unique}.new"), path.with_name(f".{path.stem}.{unique}.partial{path.suffix}")
     try:
-        temporary.mkdir() if folder else temporary.touch()
-        with locked(temporary):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path)
+        new.mkdir() if folder else new.touch()
+        with locked(new):
+            new.rename(temporary)  # nobody sees it under this name without the lock
             yield temporary
-        if not folder:
-            temporary.replace(path)
-        elif not path.exists():  # or another process has made the same folder meanwhile
-            temporary.rename(path)
+            if not folder:
+                temporary.replace(path)
+            elif not path.exists():  # or another process has made the same folder meanwhile
+                temporary.rename(path)
     except OSError as error:
         error.filename = str(path)
         raise
@@ -189,13 +190,22 @@ def partial(path, folder=False):
         remove(temporary)
 
 
+def remove_leftovers(path):
+    """Removes what killed processes have left of `path`."""
+    for left in path.parent.glob(f".{path.stem}.*.partial{path.suffix}"):
+        with contextlib.suppress(OSError), locked(left):
+            remove(left)
+
+
 @contextlib.contextmanager
 def locked(path):
     """Holds a lock on a file or folder. OSError if another process has it; a process that dies gives it back."""
+    if not fcntl:
+        yield
+        return
     file = os.open(path, os.O_RDONLY)
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(file)
@@ -221,11 +231,14 @@ def write_json(path, content):
 def read_json(path):
     """The dictionary in a .json file of ours. UserError if it is damaged."""
     try:
-        return dict(json.loads(Path(path).read_text()))
+        content = json.loads(Path(path).read_text())
     except PermissionError:
         raise UserError(f"cannot read {path}: you lack the permission") from None
-    except (ValueError, TypeError, RecursionError):
-        raise UserError(f"{path} is damaged: remove it and give the command again") from None
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: remove it and give the command again")
+    return content
 
 
 def write_csv(path, rows):
@@ -274,7 +287,8 @@ def load_tensors(path, device="cpu", kind=dict, **options):
     UserError if the file is missing, unreadable, damaged or holds something other than a `kind`.
     """
     try:
-        content = torch.load(path, map_location=device, weights_only=True, **options)
+        with warnings.catch_warnings(action="ignore"):
+            content = torch.load(path, map_location=device, weights_only=True, **options)
     except FileNotFoundError:
         raise UserError(f"no file at {path}") from None
     except PermissionError:
@@ -320,15 +334,17 @@ def fit(model, loss, steps, lr, seed, name, path=None, config=None, clip=None):
     killed goes on. Step n draws from a generator seeded by (seed, n) alone, so that it ends with the same weights as a
     run that was not killed. A .csv of the losses is written beside it.
     """
-    if path and path.exists():
-        load_state(model, load_fitted_tensors(path)["model"], path)
-        return model.eval()
+    # Adam comes first in any case: it loads Triton, which crashes once a renderer has loaded Mesa's LLVM.
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    if path and path.exists():
+        return load_fitted(model, path)
     first, log, unfinished = 0, [], path and path.with_suffix(".unfinished.pt")
     if path and unfinished.exists():
-        saved = load_fitted_tensors(unfinished)
+        saved = load_tensors(unfinished)
+        if not {"model", "optimizer", "step", "log"} <= saved.keys():
+            raise UserError(f"{unfinished} is not a training of this project: remove it")
         load_state(model, saved["model"], unfinished)
-        optimizer.load_state_dict(saved["optimizer"])
+        optimizer.load_state_dict(saved["optimizer"])  # of the same model, since its weights fit
         first, log = saved["step"], saved["log"]
     model.train()
     saved_at = time.monotonic()
@@ -354,28 +370,19 @@ def fit(model, loss, steps, lr, seed, name, path=None, config=None, clip=None):
     if path:
         write_csv(path.with_suffix(".csv"), log)
         save_tensors(path, {"config": config, "model": model.state_dict()})
-        unfinished.unlink(missing_ok=True)
+        remove(unfinished)
+        remove_leftovers(unfinished)
     return model.eval()
 
 
-def load_fitted(kind, path):
-    """The model of class `kind` that `fit` kept in `path`, in eval mode."""
-    saved = load_fitted_tensors(path)
-    try:
-        model = kind(**saved["config"])
-    except (TypeError, KeyError, ValueError, RuntimeError):
-        raise UserError(
-            f"{path} does not hold a {kind.__name__} of this version: remove it, and train it again"
-        ) from None
+def load_fitted(model, path):
+    """Loads what `fit` kept in `path` into `model`, and returns it in eval mode."""
+    saved = load_tensors(path)
+    if "model" not in saved:
+        raise UserError(f"{path} does not hold a model of this project: remove it, and train it again")
+    remove(path.with_suffix(".unfinished.pt"))  # a process was killed just before it did
     load_state(model, saved["model"], path)
     return model.eval()
-
-
-def load_fitted_tensors(path):
-    saved = load_tensors(path)
-    if not {"config", "model"} <= saved.keys():
-        raise UserError(f"{path} does not hold a model of this project: remove it, and train it again")
-    return saved
 
 
 # ---------------------------------------------------------------------------------------------------------

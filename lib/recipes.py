@@ -28,12 +28,9 @@ RECIPES = {
     | dict(beta=0.1, popsize=32, trials=8, generations=40, score_trials=100),
 }
 
-SIZES = dict(
-    z_dim=positive, hidden=positive, n_mix=positive, mixture=lambda word: names(("vector", "dimension"))(word)[0]
-)
-RUN_FLAGS = (
-    "env seed max_steps episodes z_dim hidden n_mix mixture heads v_steps beta m_steps lr".split()
-)  # V's and M's
+SIZES = dict(z_dim=positive, hidden=positive, n_mix=positive)
+SIZES["mixture"] = lambda word: names(("vector", "dimension"))(word)[0]
+RUN_FLAGS = ("env", "seed", "max_steps", "episodes", "sizes", "v_steps", "beta", "m_steps", "lr")  # of V and M
 
 
 def parse_args(argv, steps, description):
@@ -65,6 +62,7 @@ def parse_args(argv, steps, description):
     add("--iterations", type=positive, default=3, help="rounds of `iterate`")
     given = parser.parse_args(argv)
     args = argparse.Namespace(**RECIPES[given.env] | vars(given) | given.sizes, previous=None)
+    args.sizes = ",".join(f"{name}={getattr(args, name)}" for name in SIZES)
     args.run = args.out or Path(f"runs/worldmodels_{args.env}")
     if len({f"{tau:g}" for tau in args.tau}) < len(args.tau):
         raise UserError("a temperature stands twice in --tau")

@@ -1,0 +1,240 @@
+"""The claims of extras/, checked on a CPU in a minute:  python -m pytest -q extras/test_extras.py"""
+
+import contextlib
+import json
+import shutil
+import sys
+from unittest import mock
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+
+import data
+import train
+from encoders import build_encoder
+from extras import horizon, representation, tokens
+from lib import common, pictures
+from lib.worlds import make_env
+from predictor import WorldModel
+
+MODULES = {"horizon": horizon, "representation": representation, "tokens": tokens}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random numbers in every run."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """Runs a script's main in this process: script("horizon", "--steps", 4) -> (exit code, stdout, stderr)."""
+
+    def run(name, *argv):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, argv)])
+        capsys.readouterr()
+        code = 0
+        try:
+            common.run_script(MODULES[name].main)
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory):
+    """Thirty short episodes of PointMaze."""
+    path = tmp_path_factory.mktemp("extras_data") / "pointmaze"
+    return data.collect(path, "pointmaze", episodes=30, steps=6, frameskip=5, img_size=64, seed=3, workers=2)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, dataset):
+    """An empty folder to run scripts in, with a data set of its own where they look for it."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(dataset.path, tmp_path / "datasets" / "pointmaze")
+    return tmp_path
+
+
+# ---------------------------------------------------------------------------------------------------------
+# horizon.py
+
+TRANSITIONS = {
+    "vit": ["--sizes=depth=1,heads=2,mlp_dim=16"],
+    "rwm": ["--sizes=width=16", "--encoder=state"],
+    "vjepa2_ac": ["--sizes=width=24,depth=1,heads=2,mlp_dim=16"],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, dataset):
+    """The folder in which a run of each transition stands, trained on two imagined frames."""
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copytree(dataset.path, folder / "datasets" / "pointmaze")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, flags in TRANSITIONS.items():
+            own = [f"--predictor={name}", f"--name={name}", "--rollout-steps=2", "--epochs=2"]
+            train.train(train.get_args(own + flags))
+    return folder / "runs"
+
+
+def test_each_transition_shows_its_horizon_error(workplace, script, runs):
+    (workplace / "runs").symlink_to(runs)
+    compared = [f"runs/{name}" for name in TRANSITIONS]
+    code, out, err = script("horizon", "--steps", 4, "--n-evals", 6, "--name", "error", "--ckpt", *compared)
+    assert code == 0, err
+    assert out.count("copying") == out.count("  simulator") == 3
+    assert (workplace / "plan_outputs" / "error" / "horizon_error.png").exists()
+    curves = json.loads((workplace / "plan_outputs" / "error" / "horizon_error.json").read_text())["curves"]
+    assert list(curves) == compared
+    for by_name in curves.values():
+        assert all(len(curve) == 4 and min(curve) > 0 for curve in by_name.values())
+        assert by_name["simulator"][0] < 0.5 * by_name["copy"][0]
+    flags = ["--steps", 4, "--n-evals", 6, "--name", "again", "--ckpt", "runs/rwm", "runs/vit"]
+    assert script("horizon", *flags)[0] == 0
+    again = json.loads((workplace / "plan_outputs" / "again" / "horizon_error.json").read_text())["curves"]
+    assert again == {run: curves[run] for run in again}  # the trajectories are the same, whoever is compared
+
+
+def state_model(frameskip=5):
+    stats = (torch.zeros(2), torch.ones(2)), (torch.zeros(4), torch.ones(4))
+    world, sizes = dict(env="pointmaze", img_size=64, data="d"), dict(width=8, depth=1, mlp_dim=8)
+    return WorldModel(build_encoder("state"), *stats, frameskip=frameskip, world=world, predictor="rwm", **sizes).eval()
+
+
+def test_horizon_error_of_the_truth_is_zero(monkeypatch):
+    """A model that imagines with MuJoCo has an error of rounding alone, and copying's is the distance travelled."""
+    model, env = state_model(), make_env("pointmaze")
+
+    def simulate(z0, actions):
+        states = list(z0["visual"][:, :, 0].double().numpy().swapaxes(0, 1))
+        for t in range(len(states) - 1, actions.shape[1]):
+            states.append(env.simulate(states[-1], actions[:, t].double().numpy().reshape(len(actions), 5, 2)))
+        return {"visual": torch.from_numpy(np.stack(states, 1)).float()[:, :, None]}
+
+    monkeypatch.setattr(model, "rollout", simulate)
+    curves = horizon.horizon_error(env, {"truth": model}, 3, 4, [99], torch.device("cpu"))["truth"]
+    assert max(curves["model"]) < 1e-4 < min(curves["simulator"][0], 0.01) < curves["copy"][0]
+
+
+def test_runs_of_different_worlds_have_no_common_horizon(workplace, script):
+    for name, frameskip in (("a", 5), ("b", 1)):
+        state_model(frameskip).save(f"runs/{name}")
+    code, _, err = script("horizon", "--ckpt", "runs/a", "runs/b", "--steps", 3)
+    assert code == 2 and "only runs of one environment, --img-size and --frameskip can be compared" in err
+    assert not (workplace / "plan_outputs").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# representation.py
+
+STUDY = "--env pointmaze --encoder pca --seeds 0,1 --shift colours --workers 1 --steps 4 --depth 1 --drift 2".split()
+STUDY += "--n-evals 3 --max-iter 2 --num-samples 20 --topk 5 --opt-steps 2".split()
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """The study's jobs are done in this process, which does not have to import everything again, as a worker does."""
+    pool, threads = mock.Mock(map=lambda function, jobs, chunksize: map(function, jobs)), torch.get_num_threads()
+    monkeypatch.setattr(common, "Workers", lambda workers: contextlib.nullcontext(pool))
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_the_study_measures_every_run_once(workplace, script, here):
+    code, out, err = script("representation", *STUDY)
+    assert code == 0, err
+    root = workplace / "runs" / "study"
+    rows = [line for line in (root / "table.md").read_text().splitlines() if line.startswith("| pca |")]
+    assert "1 × 32" in rows[0] and rows[0].count("±") == 8 and rows[1].count("±") == 2
+    assert (root / "study.png").exists() and "| oracle |" in out
+    result = json.loads((root / "pointmaze_pca_1" / "study.json").read_text())
+    assert len(result["success"]) == 2 and list(result["shift"]) == ["plain", "colours"] and result["probe"][0] > 0.7
+    assert len(result["drift"]["model"]) == len(result["drift"]["copy"]) == 2
+    for seed in (0, 1):  # the controls are measured once, not once for each encoder
+        controls = json.loads((root / f"pointmaze_controls_{seed}" / "study.json").read_text())
+        assert list(controls) == ["random", "oracle"] and all(len(rates) == 2 for rates in controls.values())
+
+    stamps = {path: path.stat().st_mtime_ns for path in [*root.glob("*/study.json"), *root.glob("*/model.pt")]}
+    lost = root / "pointmaze_pca_1" / "study.json"
+    lost.unlink()
+    assert script("representation", *STUDY, "--encoder", "pca,patches")[0] == 0  # goes on, with one encoder more
+    assert json.loads(lost.read_text())["success"] == result["success"]
+    assert {path for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp} == {lost}
+    assert "| patches | 16 × 64 |" in (root / "table.md").read_text()
+    code, _, err = script("representation", *STUDY, "--steps", 13)
+    assert code == 2 and "was begun with other flags (--steps 4)" in err
+
+
+def test_the_study_in_worker_processes(workplace, script):
+    code, _, err = script("representation", *STUDY, "--seeds", 0, "--max-iter", 1, "--name", "deep/own")
+    assert code == 0, err
+    assert "±" not in (workplace / "runs" / "deep" / "own" / "table.md").read_text()  # one seed has no interval
+
+
+def test_linear_probe_and_intervals():
+    seen, readout = np.random.default_rng(0).normal(size=(400, 2, 3)).astype(np.float32), np.arange(12).reshape(6, 2)
+    states = np.column_stack([seen.reshape(400, 6) @ readout + 5, np.random.default_rng(1).normal(size=400)])
+    read = representation.linear_probe(seen, states, (np.arange(300), np.arange(300, 400)))
+    assert min(read[:2]) > 0.999 and abs(read[2]) < 0.1
+    mean, half = representation.interval([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]])
+    assert mean.tolist() == [2.0, 5.0]
+    assert half == pytest.approx([4.302653 / 3**0.5, 0.0], rel=1e-6)  # Student's t with two degrees of freedom
+    assert representation.cell([0.5]) == "0.50"  # one seed has no interval
+
+
+# ---------------------------------------------------------------------------------------------------------
+# tokens.py
+
+
+def test_tokens_are_drawn_as_colours(workplace, script, monkeypatch):
+    monkeypatch.setattr(tokens, "LENGTH", 4)
+    code, out, err = script("tokens", "--encoders", "pca,patches,r3m", "--data", "datasets/pointmaze", "--out", "out")
+    assert code == 0, err
+    assert "left out: " in out  # r3m without weights: it is never random by itself
+    assert imageio.imread("out/tokens.png").shape[0] == 450  # three rows
+    colours = pictures.principal_colours(torch.rand(3, 4, 5))
+    assert colours.shape == (3, 2, 2, 3) and colours.min() == 0 and colours.max() == 1
+
+
+def test_frames_of_pointmaze_come_in_clips(monkeypatch):
+    monkeypatch.setattr(tokens, "CLIPS", 2)
+    clips = tokens.sample_frames(None).reshape(2, 8, 224, 224, 3)
+    assert (clips[:, 1:] != clips[:, :-1]).any((2, 3, 4)).all()  # the ball moves
+
+
+# ---------------------------------------------------------------------------------------------------------
+# What wrong input gets
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("representation --encoder pca,nowhere", "unknown encoder 'nowhere'; known: pca"),
+        ("representation --encoder r3m@missing.pth", "no weights at missing.pth"),
+        ("representation --encoder state", "--encoder state sees none"),
+        ("representation --encoder ,", "each have to name at least one"),
+        ("representation --seeds 0,x", "x is not a whole number of at least 0"),
+        ("representation --shift dark", "unknown dark; known: colours"),
+        ("representation --env carracing", "unknown carracing; known: pointmaze"),
+        ("representation --topk 100", "--topk 100 must lie between 2 and --num-samples 64"),
+        ("representation --name ..", "is not a folder below runs/"),
+        ("horizon", "no trained model under runs/"),
+        ("horizon --ckpt a b", "no checkpoint at a/model.pt"),
+        ("horizon --ckpt a --steps 0", "0 is not a whole number of at least 1"),
+        ("tokens --encoders patches,x", "unknown encoder 'x'; known: pca"),
+        ("tokens --encoders state", "unknown encoder 'state'; known: pca"),
+        ("tokens --encoders patches --data datasets/pointmaze", "as long as a window of 8 model steps"),
+    ],
+)
+def test_what_wrong_input_gets(command, message, script, workplace):
+    before = sorted(workplace.rglob("*"))
+    code, _, err = script(*command.split())
+    assert code == 2 and message in err
+    assert "Traceback" not in err and len(err.strip().splitlines()[-1]) < 300
+    assert sorted(workplace.rglob("*")) == before  # nothing half-written
