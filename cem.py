@@ -27,6 +27,7 @@ n_taken_actions steps; the paper executes one).
 """
 
 import time
+from math import inf
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ import torch
 
 def cem(
     cost, mean, std, num_samples=300, topk=30, opt_steps=10, generator=None,
-    momentum=0.0, maxnorm=float("inf"), noise=torch.randn, keep=0,
+    momentum=0.0, maxnorm=inf, noise=torch.randn, keep=0,
 ):  # fmt: skip
     """Solves B planning problems at once.
 
@@ -46,7 +47,6 @@ def cem(
         momentum, maxnorm: the share of the old Gaussian that stays, and the bound of the candidates.
         noise, keep: draws the candidates, as `torch.randn` does; the number of elites that run again (iCEM).
     Returns the last mean, actions (B, T, A).
-    Raises ValueError if there are fewer candidates than elites, or fewer than two elites.
     """
     if not 2 <= topk <= num_samples:
         raise ValueError(f"topk must lie between 2 and num_samples: {topk}, {num_samples}")
@@ -98,7 +98,7 @@ def mppi(cost, mean, std, num_samples=300, opt_steps=10, temperature=0.1, genera
     return mean
 
 
-def gradient_descent(cost, actions, opt_steps=1000, lr=1.0, action_noise=0.003, low=None, high=None, generator=None):
+def gradient_descent(cost, actions, opt_steps=1000, lr=1.0, action_noise=0.003, low=-inf, high=inf, generator=None):
     """Moves actions (B, T, A) down the gradient of `cost`, which sees them as (B, 1, T, A) and must be differentiable.
 
     low, high: (A,), the bounds within which the actions are held, because a cost that clips has no gradient beyond
@@ -109,9 +109,7 @@ def gradient_descent(cost, actions, opt_steps=1000, lr=1.0, action_noise=0.003, 
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(cost(actions[:, None]).sum(), actions)
         noise = torch.randn(actions.shape, generator=generator, device=actions.device)
-        actions = actions.detach() - lr * gradient + action_noise * noise
-        if low is not None:
-            actions = actions.clamp(low, high)
+        actions = (actions.detach() - lr * gradient + action_noise * noise).clamp(low, high)
     return actions
 
 
@@ -127,28 +125,22 @@ def mpc(plan, act, num_problems, horizon, action_dim, n_taken_actions=5, max_ite
         start: (B, n, A) -> what the search starts from at steps that no plan has reached yet.
     Returns `success` (max_iter, num_problems) bool: whether the goal was reached within 1, 2, ... rounds.
     """
-    if n_taken_actions > horizon:
-        raise ValueError(f"cannot take {n_taken_actions} actions of a plan of {horizon}")
     mean = start(num_problems, horizon, action_dim).to(device)
-    success = torch.zeros(max_iter, num_problems, dtype=torch.bool)
-    unsolved = np.arange(num_problems)
+    solved, success = np.zeros(num_problems, bool), torch.zeros(max_iter, num_problems, dtype=torch.bool)
     for i in range(max_iter):
+        unsolved = np.flatnonzero(~solved)
         if len(unsolved):
             actions = plan(unsolved, mean[unsolved])
-            reached = act(unsolved, actions[:, :n_taken_actions])
-            success[i, unsolved] = torch.as_tensor(reached)
+            solved[unsolved] = act(unsolved, actions[:, :n_taken_actions])
             left = actions[:, n_taken_actions:]  # warm start: the rest of the plan, then new steps
-            new = start(len(left), n_taken_actions, action_dim).to(left)
-            mean[unsolved] = torch.cat([left, new], dim=1)
-        success[i] |= success[max(i - 1, 0)]
-        unsolved = np.flatnonzero(~success[i])
+            mean[unsolved] = torch.cat([left, start(len(left), n_taken_actions, action_dim).to(left)], dim=1)
+        success[i] = torch.from_numpy(solved)
     return success
 
 
 def main():
-    """Reaches a target by summing steps. The optimal plan has the sum `target`, the one of least norm is target / T."""
-    B, M, T, A = 50, 300, 5, 10
-    generator = torch.Generator().manual_seed(0)
+    """A toy problem: the steps of an optimal plan sum up to `target`."""
+    B, M, T, A, generator = 50, 300, 5, 10, torch.Generator().manual_seed(0)
     target = torch.randn(B, 1, A, generator=generator)
     mean, std = torch.zeros(B, T, A), torch.ones(B, T, A)
 
@@ -161,15 +153,12 @@ def main():
         "mppi": lambda: mppi(cost, mean, std, M, 30, 0.1, generator),
         "gd": lambda: gradient_descent(cost, mean, 30, 0.1, 0.0),
     }
-    print(f"{B} problems, {M} candidates, horizon {T}, 30 iterations; mean distance to the optimum")
-    print(f"start {target.norm(dim=-1).mean():.3f}")
+    print(f"mean distance to the target of {B} problems: {target.norm(dim=-1).mean():.3f}; after 30 iterations:")
     for name, plan in planners.items():
         begin = time.perf_counter()
-        actions = plan()
-        seconds = time.perf_counter() - begin
-        distance = (actions.sum(1) - target[:, 0]).norm(dim=-1).mean()
-        steps = 30 * B * T * (1 if name == "gd" else M)
-        print(f"{name:5} {distance:.3f}, {steps / seconds:.3g} candidate-steps/s")
+        distance = (plan().sum(1) - target[:, 0]).norm(dim=-1).mean()
+        speed = 30 * B * T * (1 if name == "gd" else M) / (time.perf_counter() - begin)
+        print(f"{name:5} {distance:.3f}, {speed:.3g} candidate-steps/s")
 
 
 if __name__ == "__main__":

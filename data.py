@@ -17,9 +17,7 @@ themselves are in lib/pointmaze.py and lib/worlds.py.
 """
 
 import hashlib
-import json
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +29,6 @@ from lib.common import NpyWriter, Parser, UserError, positive, to_tensor
 from lib.worlds import ENVIRONMENTS, EpisodePool
 
 VERSION = 1  # of the format on disk
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Collecting
 
 
 def default_folder(env, img_size):
@@ -71,12 +65,11 @@ def write_dataset(out, episodes, total, meta):
         for writer in writers.values():
             writer.close()
         np.save(partial / "episode_ends.npy", np.array(ends))
-        (partial / "meta.json").write_text(json.dumps({**meta, "version": VERSION, "rows": ends[-1]}, indent=1))
+        common.write_json(partial / "meta.json", {**meta, "version": VERSION, "rows": ends[-1]})
     return Dataset(out)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Reading
+# ---- Reading -------------------------------------------------------------------------------------
 
 
 def open_dataset(path):
@@ -110,16 +103,16 @@ class Dataset:
     def check(self):
         """Nothing that a folder says is believed: UserError unless its parts fit each other and are finite."""
         ends, rows, meta = self.episode_ends, len(self.states), self.meta
-        whole = {name: isinstance(meta.get(name), int) and meta[name] > 0 for name in ("img_size", "frameskip")}
+        sizes = [meta.get(name) for name in ("img_size", "frameskip")]
+        known = isinstance(meta.get("env"), str) and all(isinstance(size, int) and size > 0 for size in sizes)
         problems = {
-            "meta.json: env is not a name": not isinstance(meta.get("env"), str),
-            **{f"meta.json: {name} is not a positive whole number": not ok for name, ok in whole.items()},
+            "meta.json lacks the name env, or a positive whole number img_size or frameskip": not known,
             "episode_ends do not grow": not len(ends) or ends[0] < 1 or (np.diff(ends) < 1).any(),
             "the arrays have different numbers of rows": {len(getattr(self, name)) for name in self.ARRAYS} != {rows},
             f"episode_ends do not end with row {rows}": len(ends) and ends[-1] != rows,
             "frames are not square and in three colours": self.frames.shape[1:] != (meta.get("img_size"),) * 2 + (3,),
             "states or actions are empty": not self.states.shape[1] or not self.actions.shape[1],
-            "actions do not divide by frameskip": whole["frameskip"] and self.actions.shape[1] % meta["frameskip"] != 0,
+            "actions do not divide by frameskip": known and self.actions.shape[1] % meta["frameskip"] != 0,
         }
         if found := [problem for problem, true in problems.items() if true]:
             raise UserError(f"{self.path} is not a whole data set ({found[0]}): collect it again with data.py")
@@ -127,8 +120,7 @@ class Dataset:
             good = (np.abs(getattr(self, name).reshape(rows, -1)) < 1e9).all(1)  # a NaN fails the comparison, too
             if not good.all():
                 episode = np.searchsorted(ends, good.argmin(), side="right")
-                where = f"{self.path / name}{self.SUFFIX}: {name} of episode {episode}"
-                raise UserError(f"{where} are not finite numbers")
+                raise UserError(f"{self.path / name}{self.SUFFIX}: {name} of episode {episode} are not finite numbers")
 
     def __len__(self):
         return len(self.episode_ends)
@@ -153,15 +145,10 @@ class Dataset:
 
 def open_array(path, ndim, kind):
     """A memory-mapped .npy file. UserError unless it holds an array of `ndim` dimensions and a dtype of this kind."""
-    try:
-        array = np.load(path, mmap_mode="r")
-    except PermissionError:
-        raise UserError(f"cannot read {path}: you lack the permission") from None
-    except Exception:  # a damaged header can fail in any way
-        array = None
+    array = common.read(path, lambda path: np.load(path, mmap_mode="r"))
     whole = array is not None and array.offset + array.nbytes == path.stat().st_size
     if not whole or array.ndim != ndim or array.dtype.kind != kind or not array.dtype.isnative:
-        raise UserError(f"{path} is missing, damaged, or not an array of this project: remove it, and make it again")
+        raise UserError(f"{path} is damaged, or not an array of this project: remove it, and make it again")
     return array
 
 
@@ -221,9 +208,6 @@ def token_cache(encoder, dataset, device, batch_size=256):
     shape = (len(dataset.frames), encoder.num_patches, encoder.dim)
     if not path.is_file():
         dtype = np.float32 if encoder.num_patches == 1 else np.float16  # 196 x 384 numbers a frame: halve them
-        free, needed = shutil.disk_usage(dataset.path).free, np.prod(shape) * dtype().nbytes
-        if needed > free:
-            raise UserError(f"the tokens of {dataset.path} need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
         with common.partial(path) as temporary:
             writer = NpyWriter(temporary, shape[1:], dtype)
             for i in tqdm(range(0, shape[0], batch_size), desc=f"encode with {encoder.name}", unit="batch"):
@@ -233,10 +217,6 @@ def token_cache(encoder, dataset, device, batch_size=256):
     if tokens.shape != shape:
         raise UserError(f"{path} holds tokens of another shape, {tokens.shape} and not {shape}: remove it")
     return tokens
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Looking at a data set, and the script
 
 
 def inspect(dataset):
@@ -274,8 +254,7 @@ def main():
     if args.inspect:
         return inspect(open_dataset(args.inspect))
     out = args.out or default_folder(args.env, args.img_size)
-    what = args.env, args.episodes, args.steps, args.frameskip, args.img_size
-    dataset = collect(out, *what, args.seed, args.workers)
+    dataset = collect(out, args.env, args.episodes, args.steps, args.frameskip, args.img_size, args.seed, args.workers)
     print(f"{len(dataset)} episodes, {len(dataset.frames)} frames in {out}")
 
 

@@ -1,16 +1,10 @@
 """The frozen encoders of the world model: an image becomes N tokens of d numbers. One interface, one builder.
 
     encoder = build_encoder(name, img_size, weights)      .name, .num_patches (N), .dim (d), .img_size
-    encoder.fit(frames)                                   for those that learn from our own frames, in clips
-                                                          of .clip_frames in a row
+    encoder.fit(frames (S, H, W, 3) uint8, seed)          for those that learn, from clips of .clip_frames in a row
     encoder(images (B, 3, h, w) in [0, 1]) -> (B, N, d)   resizes and normalises inside; never trains
 
-    learned on our frames      pca  vae  vae_map  vjepa_tiny         no download
-    scaled to our frames       patches                               no download
-    pretrained, as they are    dinov2  dinov2_imagenet  dino_cls  dinov3  vjepa2  resnet18  resnet18_map  r3m
-    pretrained, then learned   dino_tok  dino_tok_vq  vfm_vae        on DINOv2, the baseline's own backbone
-    no image at all            state                                 the true state is the token
-
+Some learn from our own frames, some are pretrained, some are pretrained and then learn; ENCODERS lists them all.
 Every image is resized whole (bilinear, antialias) and never cropped, because the border of a frame is part of the
 world. The pretrained encoders see pixels normalised as ImageNet's; `dinov2` and `dino_cls` use DINO-WM's 0.5 instead.
 
@@ -24,9 +18,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import huggingface_hub as hub
 import timm  # here and not where it is used: it loads Triton, which crashes once a renderer has loaded Mesa's LLVM
 import torch
 import torch.nn.functional as F
+import torchvision.transforms.functional as TF
 from torch import nn
 
 from lib import vjepa
@@ -55,6 +51,10 @@ class FrozenEncoder(nn.Module):
         self.name, self.img_size, self.dim = name, img_size, dim
         self.num_patches = (img_size // patch) ** 2 if patch else 1
 
+    @torch.no_grad()
+    def __call__(self, images):
+        return super().__call__(images)
+
     def freeze(self):
         return self.requires_grad_(False).eval()
 
@@ -63,23 +63,19 @@ class FrozenEncoder(nn.Module):
 
     def resize(self, images):
         """(B, 3, h, w) -> (B, 3, img_size, img_size), bilinear with antialias."""
-        if images.shape[-2:] == (self.img_size, self.img_size):
-            return images
-        size = (self.img_size, self.img_size)
-        return F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
+        return TF.resize(images, [self.img_size, self.img_size], antialias=True)
 
     def normalise(self, images, mean, std):
         """What a pretrained backbone sees: pixels that are normalised, then resized (DINO-WM's order), (B, 3, s, s)."""
-        mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (mean, std))
-        return self.resize((images - mean) / std)
+        return self.resize(TF.normalize(images, mean, std))
 
     def filtered(self, images):
         """L x L^T of images (B, 3, h, w) -> (B, 3, grid, grid), where L is the buffer `lowpass`."""
         return self.lowpass @ self.resize(images) @ self.lowpass.T
 
     def standardise(self, latents):
-        """Sets the buffers `mean` and `scale` from latents (S, d): scale_i = s_i + damping * max s. The damping keeps a
-        number that hardly varies from being blown up."""
+        """Sets the buffers `mean` and `scale` from latents (S, ...): scale_i = s_i + damping * max s. Without the
+        damping, a number that hardly varies would be blown up."""
         std = latents.std(0)
         self.mean.copy_(latents.mean(0))
         self.scale.copy_(std + self.damping * std.max())
@@ -98,8 +94,7 @@ def gaussian_lowpass(samples, pixels, sigma):
     return kernel / kernel.sum(1, keepdim=True)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Encoders that learn from our own frames
+# ---- Encoders that learn from our own frames -----------------------------------------------------
 
 
 class PCAEncoder(FrozenEncoder):
@@ -109,8 +104,7 @@ class PCAEncoder(FrozenEncoder):
         token_i = v_i . (y - mean) / (s_i + c s_1)         v_i, s_i: principal axis, its standard deviation; c: damping
 
     Blurring makes the latent change smoothly as the ball moves, so distance in the latent grows with distance in the
-    maze. Full whitening (c = 0) would make the last, noisy components as loud as the first.
-    """
+    maze. Full whitening (c = 0) would make the last, noisy components as loud as the first."""
 
     damping = 0.05
 
@@ -120,9 +114,8 @@ class PCAEncoder(FrozenEncoder):
         self.register_buffer("mean", torch.zeros(3 * grid**2))
         self.register_buffer("axes", torch.zeros(3 * grid**2, dim))  # v_i / (s_i + c s_1)
 
-    @torch.no_grad()
     def fit(self, frames, seed=0):
-        """frames (S, H, W, 3) uint8. The axes are exact: the eigenvectors of the covariance."""
+        """The axes are exact: the eigenvectors of the covariance."""
         y = see_all(self.filtered, frames, self.mean.device).flatten(1)  # (S, 3 * grid^2)
         self.mean.copy_(y.mean(0))
         variance, vectors = torch.linalg.eigh(torch.cov(y.T.double()))  # ascending
@@ -130,7 +123,6 @@ class PCAEncoder(FrozenEncoder):
         self.axes.copy_(vectors.flip(1)[:, : self.dim] / (std + self.damping * std[0]))
         return self
 
-    @torch.no_grad()
     def forward(self, images):
         return ((self.filtered(images).flatten(1) - self.mean) @ self.axes)[:, None]  # (B, 1, d)
 
@@ -145,14 +137,11 @@ class SpatialVAE(VAE):
         up = [(nn.ReLU(), nn.ConvTranspose2d(o, i, 4, 2, 1)) for i, o in zip(widths, widths[1:], strict=False)]
         self.encoder = nn.Sequential(*sum(down, ()))  # 64 -> 32 -> 16 -> 8 -> 4
         self.mu, self.logvar = nn.Conv2d(256, z_dim, 1), nn.Conv2d(256, z_dim, 1)
-        self.decoder = nn.Sequential(nn.Conv2d(z_dim, 256, 1), *sum(reversed(up), ()), nn.Sigmoid())
+        first = nn.Unflatten(1, (z_dim, 4, 4)), nn.Conv2d(z_dim, 256, 1)
+        self.decoder = nn.Sequential(*first, *sum(reversed(up), ()), nn.Sigmoid())
 
     def encode(self, x):
-        """(B, 3, 64, 64) -> mu, logvar, each (B, z_dim * 16)."""
-        return tuple(latent.flatten(1) for latent in super().encode(x))
-
-    def decode(self, z):
-        return self.decoder(z.unflatten(1, (self.z_dim, 4, 4)))
+        return tuple(latent.flatten(1) for latent in super().encode(x))  # mu and logvar, each (B, z_dim * 16)
 
 
 class VAEEncoder(FrozenEncoder):
@@ -166,8 +155,7 @@ class VAEEncoder(FrozenEncoder):
     - The ball is 2 % of the pixels, and V paints the background first: x' is without it, at full contrast.
     - With the KL term at full weight, saying where the ball is costs more nats than the frame gains: beta.
     - Dimensions that collapse even so are noise, which a division by their tiny deviation would blow up: c.
-    - A sharp ball's latent says that two places differ, not how far apart they are; L makes neighbours overlap.
-    """
+    - A sharp ball's latent says that two places differ, not how far apart they are; L makes neighbours overlap."""
 
     def __init__(self, name, img_size=64, spatial=False, sigma=0.1, beta=0.01):
         if img_size != 64:
@@ -185,12 +173,10 @@ class VAEEncoder(FrozenEncoder):
         """x' (B, 3, 64, 64) of images (B, 3, h, w)."""
         return (0.5 + self.gain * (self.filtered(images) - self.background)).clamp(0, 1)
 
-    @torch.no_grad()
     def posterior_mean(self, images):
-        return self.vae.encode(self.contrast(images))[0]
+        return self.vae.encode(self.contrast(images))[0]  # (B, d * N)
 
     def fit(self, frames, seed=0, steps=2000):
-        """frames (S, H, W, 3) uint8."""
         device = self.mean.device
         sample = see_all(self.filtered, frames[:: max(1, len(frames) // 4000)], device)
         if (sample == sample[0]).all():
@@ -204,7 +190,7 @@ class VAEEncoder(FrozenEncoder):
         return self
 
     def forward(self, images):
-        latent = (self.posterior_mean(images) - self.mean) / self.scale  # (B, d * N)
+        latent = (self.posterior_mean(images) - self.mean) / self.scale
         return latent.unflatten(1, (self.dim, self.num_patches)).mT  # (B, N, d)
 
 
@@ -216,8 +202,7 @@ class VJEPATinyEncoder(FrozenEncoder):
     Deviations from the release:
     - Each pixel is standardised over the frames: the ball is 2 % of them, and the tokens collapse towards the rest.
     - Blocks hide half of the clip, not all of it: nobody can say where a ball is that is hidden throughout.
-    - 1,500 steps of 16 clips, hence a faster average (0.998, not 0.99925); no weight decay, no augmentation.
-    """
+    - 1,500 steps of 16 clips, hence a faster average (0.998, not 0.99925); no weight decay, no augmentation."""
 
     clip_frames = 8
 
@@ -225,18 +210,18 @@ class VJEPATinyEncoder(FrozenEncoder):
         super().__init__("vjepa_tiny", img_size, dim, patch)
         self.grid = self.clip_frames // 2, img_size // patch, img_size // patch
         self.vit = vjepa.VideoViT(self.grid, patch, dim, depth, heads)
-        self.register_buffer("mean", torch.zeros(3 * img_size**2))
-        self.register_buffer("scale", torch.ones(3 * img_size**2))
+        self.register_buffer("mean", torch.zeros(3, img_size, img_size))
+        self.register_buffer("scale", torch.ones(3, img_size, img_size))
 
     def standardised(self, images):
         """(B, 3, h, w) -> (B, 3, img_size, img_size), each pixel with mean 0 and deviation 1 over the frames."""
-        return (self.resize(images) - self.mean.view(3, self.img_size, -1)) / self.scale.view(3, self.img_size, -1)
+        return (self.resize(images) - self.mean) / self.scale
 
     def fit(self, frames, seed=0, steps=1500, batch_size=16, momentum=0.998):
-        """frames (S, H, W, 3) uint8; every `clip_frames` in a row are a clip. UserError if the tokens collapse."""
+        """Every `clip_frames` in a row are a clip. UserError if the tokens collapse."""
         device, T = self.mean.device, self.clip_frames
         sample = frames[:: max(1, len(frames) // 4000)]
-        self.standardise(see_all(self.resize, sample, device).flatten(1))
+        self.standardise(see_all(self.resize, sample, device))
 
         def draw():
             first = T * torch.randint(len(frames) // T, (batch_size,)).sort().values
@@ -246,15 +231,12 @@ class VJEPATinyEncoder(FrozenEncoder):
         vjepa.pretrain(self.vit, draw, self.grid, steps, momentum, seed)
         self.freeze()
         std, rank = collapse_measures(see_all(self, sample, device))
-        print(f"{self.name}: standard deviation {std:.2f} over the frames, effective rank {rank:.1f} of {self.dim}")
+        measured = f"standard deviation {std:.3f} over the frames, effective rank {rank:.1f} of {self.dim}"
+        print(f"{self.name}: {measured}")
         if std < 0.05 or rank < 2:
-            raise UserError(
-                f"{self.name} has collapsed: its tokens hardly depend on the frame (standard deviation {std:.3f}, "
-                f"effective rank {rank:.1f}): try another --seed, or frames in which more moves"
-            )
+            raise UserError(f"{self.name} has collapsed: {measured}: try another --seed, or frames in which more moves")
         return self
 
-    @torch.no_grad()
     def forward(self, images):
         clips = self.standardised(images)[:, None].expand(-1, 2, -1, -1, -1)  # (B, 2, 3, s, s)
         return F.layer_norm(self.vit(clips), (self.dim,))  # (B, N, d)
@@ -275,8 +257,7 @@ class PatchEncoder(FrozenEncoder):
         token = P (x - m) / s        x: a 16x16 patch in [0, 1]; P (d, 768): normal, variance 1/d
                                      m: its mean over the frames; s, one number, makes the tokens' variance 1
 
-    By Johnson and Lindenstrauss's lemma the distances between tokens are, up to chance, those between patches.
-    """
+    By Johnson and Lindenstrauss's lemma the distances between tokens are, up to chance, those between patches."""
 
     def __init__(self, img_size=64, dim=64, patch=16):
         super().__init__("patches", img_size, dim, patch)
@@ -287,22 +268,18 @@ class PatchEncoder(FrozenEncoder):
         self.register_buffer("scale", torch.ones(()))
 
     def fit(self, frames, seed=0):
-        """frames (S, H, W, 3) uint8."""
         tokens = see_all(self, frames, self.mean.device)
         self.mean.copy_(tokens.mean(0))
         self.scale.copy_((tokens - self.mean).square().mean().sqrt())
         return self
 
-    @torch.no_grad()
     def forward(self, images):
         patches = F.unfold(self.resize(images), self.patch, stride=self.patch)  # (B, 768, N)
         return (patches.mT @ self.projection - self.mean) / self.scale  # (B, N, d)
 
 
 class StateEncoder(FrozenEncoder):
-    """No image: the one token of a frame is its normalised proprio, which in PointMaze is the whole state.
-
-    `WorldModel` sets `dim`, for the worlds differ in it."""
+    """No image: the one token is the normalised proprio (in PointMaze the whole state). `WorldModel` sets `dim`."""
 
     def __init__(self):
         super().__init__("state", None, dim=0)
@@ -311,19 +288,15 @@ class StateEncoder(FrozenEncoder):
         return proprio[..., None, :]  # (..., P) -> (..., 1, P)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Pretrained backbones
+# ---- Pretrained backbones ------------------------------------------------------------------------
 
 
 class ViTEncoder(FrozenEncoder):
     """DINOv2 (Oquab et al., 2023, arXiv:2304.07193) and DINOv3 (Simeoni et al., 2025, arXiv:2508.10104): the patch
     tokens, or the class token, after the final norm. Class and register tokens are never among the patch tokens.
 
-    Args:
-        name: ours; model: timm's, with a place for the size. The weights are the Hugging Face repository timm/<model>.
-        weights: in timm's, transformers' or the original repository's format.
-        pixels: their mean and std. cls: whether to return the class token alone, (B, 1, d).
-    """
+    `model` is timm's name with a place for the size, and the weights are the Hugging Face repository timm/<model>.
+    With `cls` the class token is the only one, (B, 1, d)."""
 
     def __init__(self, name, img_size, size, weights, model, pixels, cls=False):
         model = model.format(size)
@@ -336,12 +309,10 @@ class ViTEncoder(FrozenEncoder):
             self.num_patches = 1
         load_weights(self.vit, weights, self.repository, partial(vit_names, self.vit))
 
-    @torch.no_grad()
     def forward(self, images):
         x = self.vit.forward_features(self.normalise(images, **self.pixels))  # (B, prefix + N, d)
         return x[:, :1] if self.cls else x[:, self.vit.num_prefix_tokens :]
 
-    @torch.no_grad()
     def layers(self, images, blocks):
         """Patch tokens (B, N, d) after each number of `blocks`; 0 is the patch embedding, -1 the normed output."""
         x = self.vit.norm_pre(self.vit._pos_embed(self.vit.patch_embed(self.normalise(images, **self.pixels))))
@@ -361,11 +332,8 @@ VJEPA2_SIZES = {
 
 class VJEPA2Encoder(FrozenEncoder):
     """V-JEPA 2 (Assran et al., 2025, arXiv:2506.09985), used as its authors encode images for control
-    (`forward_target` in app/vjepa_droid/train.py).
-
-    Each frame is encoded by itself and doubled, which makes a clip of one tubelet. The tokens are layer-normalised once
-    more, without learned weights.
-    """
+    (`forward_target` in app/vjepa_droid/train.py). Each frame is encoded by itself and doubled, which makes a clip of
+    one tubelet. The tokens are layer-normalised once more, without learned weights."""
 
     def __init__(self, name, img_size, size, weights):
         from transformers import VJEPA2Config, VJEPA2Model  # takes seconds, and only this encoder needs it
@@ -376,25 +344,21 @@ class VJEPA2Encoder(FrozenEncoder):
         self.repository = f"facebook/vjepa2-vit{size[0]}-fpc64-256"
         load_weights(self.vit, weights, self.repository, vjepa2_names)
 
-    @torch.no_grad()
     def forward(self, images):
         clip = self.normalise(images, **IMAGENET)[:, None].expand(-1, 2, -1, -1, -1)  # (B, 2, 3, s, s)
         return F.layer_norm(self.vit(clip).last_hidden_state, (self.dim,))  # (B, N, d)
 
 
 class ResNetEncoder(FrozenEncoder):
-    """A ResNet-18: the mean of its last map is the one token, or the map's places are the tokens.
-
-    The weights are ImageNet's (He et al., 2016; torchvision's, as in DINO-WM) or R3M's (Nair et al., 2022,
-    arXiv:2203.12601). R3M's authors crop 224 of 256 px; here, as in DINO-WM, the whole image is 224 px.
-    """
+    """A ResNet-18: the mean of its last map is the one token, or the map's places are the tokens. The weights
+    are ImageNet's (He et al., 2016; torchvision's, as in DINO-WM) or R3M's (Nair et al., 2022, arXiv:2203.12601). R3M's
+    authors crop 224 of 256 px; here, as in DINO-WM, the whole image is 224 px."""
 
     def __init__(self, name, img_size, size, weights, repository="timm/resnet18.tv_in1k", spatial=False):
         super().__init__(name, img_size, 512, patch=32 if spatial else None)
         self.net, self.repository = timm.create_model("resnet18", num_classes=0), repository
         load_weights(self.net, weights, repository, resnet_names)
 
-    @torch.no_grad()
     def forward(self, images):
         tokens = self.net.forward_features(self.normalise(images, **IMAGENET)).flatten(2).mT  # (B, 49, 512)
         return tokens.mean(1, keepdim=True) if self.num_patches == 1 else tokens
@@ -413,7 +377,6 @@ class TokenizerEncoder(FrozenEncoder):
         return self.backbone.layers(images, self.tokenizer.layers)
 
     def fit(self, frames, seed=0):
-        """frames (S, H, W, 3) uint8."""
         device = next(self.parameters()).device
 
         def see(frames):
@@ -423,13 +386,8 @@ class TokenizerEncoder(FrozenEncoder):
         self.tokenizer.requires_grad_(True).fit(see, frames, device, seed)
         return self.freeze()
 
-    @torch.no_grad()
     def forward(self, images):
         return self.tokenizer(self.features(images))  # (B, N, d)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The builder
 
 
 class Entry(NamedTuple):
@@ -466,10 +424,8 @@ ENCODERS = {
 def build_encoder(name, img_size=None, weights=None):
     """The frozen encoder called `name`, or `name-size`, e.g. `dinov2-base`.
 
-    img_size: the side to which it resizes images (default: its own).
-    weights: None for the pretrained ones, "random" for none, or what `load_weights` takes.
-    UserError for what is unknown, not there, or does not fit.
-    """
+    It resizes images to the side `img_size` (default: its own). `weights` is None for the pretrained ones, "random" for
+    none, or what `load_weights` takes. UserError for what is unknown, not there, or does not fit."""
     base, _, size = name.partition("-")
     if base not in ENCODERS:
         raise UserError(f"unknown encoder '{base}'; known: {', '.join(ENCODERS)}")
@@ -484,26 +440,23 @@ def build_encoder(name, img_size=None, weights=None):
 
 
 def main():
-    """Prints the table of encoders."""
-    import huggingface_hub as hub
-
     parser = Parser(description=__doc__.split("\n")[0])
     listed = [name for name in ENCODERS if name != "state"]
     parser.add_argument("--encoders", type=names(listed), default=listed, help="the rows of the table, as NAME,NAME")
     parser.add_argument("--batch-size", type=positive, default=8, help="images at once for frames/s")
     args = parser.parse_args()
-    print(f"{'encoder':15} {'image':>5} {'tokens':>6} {'width':>5} {'M params':>8} {'frames/s':>8}  weights (licence)")
+    print("encoder         image tokens width M params frames/s  weights (licence)")
     for name in args.encoders:
         encoder, licence = build_encoder(name, weights="random"), ENCODERS[name].licence
         images = torch.rand(args.batch_size, 3, encoder.img_size, encoder.img_size)
-        rate = args.batch_size * per_second(lambda: encoder(images))  # noqa: B023
+        rate = args.batch_size * per_second(partial(encoder, images))
         size = sum(p.numel() for p in encoder.parameters()) / 1e6
-        weights = "fitted on the collected frames"
+        weights = "fitted on collected frames"
         if licence:
-            found = encoder.repository and hub.try_to_load_from_cache(encoder.repository, "model.safetensors")
-            weights = f"{encoder.repository or '--weights FILE'} ({licence}, {'' if found else 'not '}here)"
-        shape = f"{encoder.num_patches:6} {encoder.dim:5}"
-        print(f"{name:15} {encoder.img_size:5} {shape} {size:8.2f} {rate:8.3g}  {weights}")
+            here = encoder.repository and hub.try_to_load_from_cache(encoder.repository, "model.safetensors")
+            weights = f"{encoder.repository or '--weights FILE'} ({licence}, {'' if here else 'not '}here)"
+        shape = f"{encoder.img_size:5} {encoder.num_patches:6} {encoder.dim:5}"
+        print(f"{name:15} {shape} {size:8.2f} {rate:8.3g}  {weights}")
 
 
 if __name__ == "__main__":

@@ -6,12 +6,10 @@ closest to the goal's (DINO-WM, arXiv:2411.04983, section 3.3; alpha, and "all",
     J_t(a) = ||z^_t - z_g||^2 + alpha ||p^_t - p_g||^2        (means over tokens and dimensions)
     J(a) = J_T(a)  "last",    or    mean_t w_t J_t(a),  w_t = base^t / sum_s base^s,  t = 0 .. T  "all"
 
-`cem`, `icem`, `mppi` and `gd` make one plan and execute it whole. `mpc-cem` and so on execute n_taken_actions model
-steps of frameskip environment steps each, observe, and plan again. A model that is trained on the absolute error
-(V-JEPA 2-AC, arXiv:2506.09985) plans by it, too.
-
-The release knows only the last frame when it plans, and executes the whole plan. The paper has a history of frames and
-executes the first step; so does a checkpoint of `--variant paper`, or any with --history 3 --n-taken-actions 1.
+A model that is trained on the absolute error (V-JEPA 2-AC, arXiv:2506.09985) plans by it, too. `cem`, `icem`, `mppi`
+and `gd` make one plan and execute it whole. `mpc-cem` and so on execute n_taken_actions model steps of frameskip
+environment steps each, observe, and plan again. The release knows only the last frame when it plans, and executes the
+whole plan; the paper, and a checkpoint of `--variant paper`, has a history of frames and executes the first step.
 
     python plan.py                                             # the newest run
     python plan.py --ckpt runs/pointmaze_vae --seed 99 7 2024  # 3 x 50 problems
@@ -25,9 +23,10 @@ has a decoder, they also show what was imagined. Several planners get a folder e
 """
 
 import argparse
-import json
+import contextlib
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,8 +47,7 @@ PLANNERS = METHODS + tuple(f"mpc-{method}" for method in METHODS)
 FILMS = 4  # problems that are filmed
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What a plan is judged by: the world model's imagination, or (the control) the true simulator
+# ---- What a plan costs: in the model's imagination, or (a control) in the true simulator ---------
 
 
 @torch.no_grad()
@@ -57,15 +55,14 @@ def latent_cost(model, worlds, device, objective="last", alpha=0.0, base=2.0):
     """Returns problems (B,) -> cost, where cost(actions (B, M, T, A)) -> (B, M) is J in the model's imagination.
 
     Goals are encoded once, and observations once per plan. All candidates advance together, with one call of the model
-    per planner step; a batch of more than max_tokens is cut into pieces.
+    per planner step; a batch of too many tokens is cut into pieces.
     """
 
     def encode(obs):
         return model.encode({name: torch.from_numpy(o).to(device) for name, o in obs.items()})
 
     # On a GPU a piece bounds the memory (3 GB at the paper's size); on a CPU it stays in the cache: 1.5 times as fast.
-    max_tokens = 2**13 if device.type == "cpu" else 2**18
-    piece = max(1, max_tokens // (model.num_hist * model.encoder.num_patches))
+    piece = max(1, 2 ** (13 if device.type == "cpu" else 18) // (model.num_hist * model.encoder.num_patches))
     goals = encode({name: o[:, None] for name, o in worlds.goal_obs.items()})
 
     def for_problems(problems):
@@ -100,29 +97,24 @@ def latent_cost(model, worlds, device, objective="last", alpha=0.0, base=2.0):
 def simulator_cost(worlds):
     """The same interface, with MuJoCo as the model and the distance to the goal in metres as the cost."""
 
-    def for_problems(problems):
-        start, goal = worlds.states[problems], worlds.goals[problems]
+    def cost(problems, actions):
+        B, M = actions.shape[:2]
+        starts, goals = worlds.states[problems].repeat(M, axis=0), worlds.goals[problems, None, :2]
+        final = worlds.env.simulate(starts, actions.cpu().numpy().reshape(B * M, -1, worlds.dof))
+        distance = np.linalg.norm(final[:, :2].reshape(B, M, 2) - goals, axis=-1)
+        return torch.from_numpy(distance).to(actions.device)
 
-        def cost(actions):
-            B, M = actions.shape[:2]
-            actions = actions.cpu().numpy().reshape(B * M, -1, worlds.dof)
-            final = worlds.env.simulate(start.repeat(M, axis=0), actions).reshape(B, M, -1)
-            return torch.from_numpy(np.linalg.norm(final[..., :2] - goal[:, None, :2], axis=-1))
-
-        return cost
-
-    return for_problems
+    return lambda problems: partial(cost, problems)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Planning and acting
+# ---- Planning and acting -------------------------------------------------------------------------
 
 
-def solve(worlds, cost_for, model, args, device, progress=lambda: None):
+def solve(worlds, cost_for, model, args, device, title=""):
     """Plans and acts in all worlds at once -> success (max_iter, problems) bool. `args` comes from `settle`.
 
     A planner works in standard deviations of the data's actions, as in DINO-WM. What it proposes is clipped to what the
-    world can do.
+    world can do. A `title` makes a progress bar.
     """
     method, options = args.planner.removeprefix("mpc-"), args.planner_args
     generator = torch.Generator(device).manual_seed(args.seed[0])
@@ -154,41 +146,32 @@ def solve(worlds, cost_for, model, args, device, progress=lambda: None):
         return cem(clipped, mean, std, *budget, generator, *ball, **(icem if method == "icem" else {}))
 
     def act(problems, actions):
-        reached = worlds.act(problems, to_world(actions).cpu().numpy())
-        progress()
-        return reached
+        bar.update()
+        return worlds.act(problems, to_world(actions).cpu())
 
     steps = args.n_taken_actions, args.max_iter
-    return mpc(plan, act, len(worlds.states), args.goal_H, model.action_dim, *steps, device, start)
-
-
-def solve_at_random(worlds, model, args):
-    """The random policy in the same worlds for as long."""
-    rng = np.random.default_rng(args.seed[0])
-    low, high = worlds.bounds
-
-    def plan(problems, mean):
-        shape = (*mean.shape[:2], model.frameskip, worlds.dof)
-        return torch.from_numpy(rng.uniform(low, high, shape)).float().flatten(2)
-
-    def act(problems, actions):
-        return worlds.act(problems, actions.numpy())
-
-    return mpc(plan, act, len(worlds.states), args.goal_H, model.action_dim, args.n_taken_actions, args.max_iter)
+    with tqdm(total=args.max_iter, desc=title, unit="plan", disable=not title) as bar:
+        return mpc(plan, act, len(worlds.states), args.goal_H, model.action_dim, *steps, device, start)
 
 
 def controls(env, starts, goals, model, args):
-    """Success rates by iteration of the controls in args.baselines. "oracle" is CEM, whatever the planner."""
-    rates = {}
+    """Success rates by iteration of the controls in args.baselines, on the same problems and for as long."""
+    rates, rng, device = {}, np.random.default_rng(args.seed[0]), model.action_mean.device
+    oracle = argparse.Namespace(**vars(args) | {"planner": "cem"})  # CEM, whatever the planner
+    if args.planner.endswith("gd"):
+        oracle.opt_steps = 10  # CEM needs fewer of them than gradient descent
+
+    def draw(problems, mean):
+        low, high = env.action_space.low, env.action_space.high
+        actions = rng.uniform(low, high, (*mean.shape[:2], model.frameskip, len(low)))
+        return torch.from_numpy(actions).float().flatten(2)
+
     for name in args.baselines:
-        worlds = Worlds(env, starts, goals)
+        worlds, steps = Worlds(env, starts, goals), (args.n_taken_actions, args.max_iter)
         if name == "random":
-            success = solve_at_random(worlds, model, args)
+            success = mpc(draw, worlds.act, len(starts), args.goal_H, model.action_dim, *steps)
         else:
-            device = model.action_mean.device
-            with tqdm(total=args.max_iter, desc="oracle", unit="plan") as bar:
-                success = solve(worlds, simulator_cost(worlds), model.cpu(), args, "cpu", bar.update)
-            model.to(device)  # the simulator plans on the CPU
+            success = solve(worlds, simulator_cost(worlds), model, oracle, device, title=name)
         rates[name] = success.float().mean(1).tolist()
     return rates
 
@@ -221,28 +204,26 @@ class Worlds:
         return {name: np.stack([o[name] for o in obs]) for name in obs[0]}
 
     def act(self, problems, actions):
-        """Executes actions (B, n, frameskip * DoF) in the worlds `problems` (B,) and returns which of them now stand at
+        """Executes actions (B, n, frameskip * DoF) in the worlds `problems` (B,) and returns which of them have reached
         their goals. It observes at the end, or with a history after every one of the n."""
+        actions = np.asarray(actions)
         for i, sequence in zip(problems, actions, strict=True):
             if i < len(self.films):
                 seen = {name: o[i].copy() for name, o in self.past.items()}
                 self.plans[i].append((seen, np.concatenate([self.taken[i], sequence.reshape(-1, self.dof)])))
-        for step in np.split(actions, actions.shape[1], axis=1) if self.taken.size else [actions]:
-            self.execute(problems, step.reshape(len(actions), -1, self.dof))
+        for part in np.split(actions, actions.shape[1], axis=1) if self.taken.size else [actions]:
+            part = part.reshape(len(problems), -1, self.dof)  # environment actions
+            for i, sequence in zip(problems, part, strict=True):
+                self.env.set_state(self.states[i])
+                for action in sequence:
+                    self.env.step(action, render=False)
+                    if i < len(self.films):
+                        self.films[i].append(self.film())
+                self.states[i] = self.env.state
+            for name, seen in self.observe(self.states[problems]).items():
+                self.past[name][problems] = np.concatenate([self.past[name][problems, 1:], seen[:, None]], axis=1)
+            self.taken[problems] = np.concatenate([self.taken[problems], part], axis=1)[:, part.shape[1] :]
         return self.env.goal_reached(self.states[problems], self.goals[problems])
-
-    def execute(self, problems, actions):
-        """Executes environment actions (B, n, DoF) in the worlds `problems`, and observes."""
-        for i, sequence in zip(problems, actions, strict=True):
-            self.env.set_state(self.states[i])
-            for action in sequence:
-                self.env.step(action, render=False)
-                if i < len(self.films):
-                    self.films[i].append(self.film())
-            self.states[i] = self.env.state
-        for name, seen in self.observe(self.states[problems]).items():
-            self.past[name][problems] = np.concatenate([self.past[name][problems, 1:], seen[:, None]], axis=1)
-        self.taken[problems] = np.concatenate([self.taken[problems], actions], axis=1)[:, actions.shape[1] :]
 
     def film(self):
         """A frame that nobody plans with. It draws no random number of the frames that are planned with."""
@@ -251,8 +232,7 @@ class Worlds:
         return frame
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Problems
+# ---- Problems ------------------------------------------------------------------------------------
 
 
 def open_world(model, shift=None):
@@ -264,52 +244,41 @@ def open_world(model, shift=None):
 
 
 def get_problems(env, args, model):
-    """Start and goal states, each (n_evals per seed, state_dim), from where --goal-source says."""
+    """Start and goal states (2, problems, state_dim) from where --goal-source says. Those of a data set start in its
+    validation episodes; the goal is what came goal_H model steps later, or where as many random actions lead."""
     if args.goal_source == "random_state":
         return random_problems(env, args)
     if args.goal_source not in ("dset", "random_action"):
         return read_problems(args.goal_source, env, model.world["env"])
-    dataset = open_dataset(args.data or model.world["data"])
-    for name in ("env", "img_size"):
-        if dataset.meta[name] != model.world[name]:
-            raise UserError(f"{dataset.path} has {name} {dataset.meta[name]}, the checkpoint has {model.world[name]}")
-    return dataset_problems(env, args, model.frameskip, dataset)
-
-
-def random_problems(env, args):
-    problems = []
-    for seed in args.seed:
-        rng = np.random.default_rng([seed, 1])
-        for n in range(args.n_evals):
-            if hasattr(env, "sample_problem"):  # the release's own
-                problems.append(env.sample_problem(seed, n))
-            else:
-                problems.append((env.sample_state(rng), env.sample_state(rng)))
-    return tuple(np.array(states, np.float64) for states in zip(*problems, strict=True))
-
-
-def dataset_problems(env, args, frameskip, dataset):
-    """Starts from validation episodes. The goal is what came goal_H model steps later ("dset"), or where as many random
-    actions lead ("random_action")."""
+    dataset, steps = open_dataset(args.data or model.world["data"]), args.goal_H * model.frameskip
+    if dataset.meta["env"] != model.world["env"]:
+        raise UserError(f"{dataset.path} has env {dataset.meta['env']}, the checkpoint has {model.world['env']}")
     train_episodes, episodes = dataset.split()
     mean, std = dataset.statistics(train_episodes)["action"]
-    span = args.goal_H * frameskip // dataset.meta["frameskip"]
-    lengths = dataset.episode_ends - dataset.episode_starts
+    span, lengths = steps // dataset.meta["frameskip"], dataset.episode_ends - dataset.episode_starts
     episodes = [e for e in episodes if lengths[e] > span]
     if not episodes:
         raise UserError(f"no validation episode of {dataset.path} is longer than {span} rows (--goal-H)")
-    problems = []
+
+    def draw(rng):
+        episode = rng.choice(episodes)
+        row = dataset.episode_starts[episode] + rng.integers(lengths[episode] - span)
+        start, goal = dataset.states[row], dataset.states[row + span]
+        if args.goal_source == "random_action":  # normal, as the data's actions spread
+            (goal,) = env.simulate(start[None], rng.normal(mean, std, (1, steps, len(mean))))
+        return start, goal
+
+    return random_problems(env, args, draw)
+
+
+def random_problems(env, args, draw=None):
+    """n_evals problems for every seed: random states, or what `draw(generator)` returns."""
+    released = draw is None and hasattr(env, "sample_problem")  # DINO-WM's own problems
+    draw, problems = draw or (lambda rng: (env.sample_state(rng), env.sample_state(rng))), []
     for seed in args.seed:
         rng = np.random.default_rng([seed, 1])
-        for _ in range(args.n_evals):
-            episode = rng.choice(episodes)
-            row = dataset.episode_starts[episode] + rng.integers(lengths[episode] - span)
-            start, goal = dataset.states[row], dataset.states[row + span]
-            if args.goal_source == "random_action":  # normal, as the data's actions spread
-                actions = rng.normal(mean, std, (1, args.goal_H * frameskip, len(mean)))
-                (goal,) = env.simulate(start[None], actions)
-            problems.append((start, goal))
-    return tuple(np.array(states, np.float64) for states in zip(*problems, strict=True))
+        problems += [env.sample_problem(seed, n) if released else draw(rng) for n in range(args.n_evals)]
+    return np.array(problems, np.float64).swapaxes(0, 1)
 
 
 def read_problems(path, env, env_name):
@@ -319,66 +288,52 @@ def read_problems(path, env, env_name):
     content = common.read_json(path)
     if content.get("env", env_name) != env_name:
         raise UserError(f"{path} holds problems of {content['env']}, the checkpoint is of {env_name}")
-    try:
-        starts, goals = (np.array(content[name], np.float64) for name in ("starts", "goals"))
-        whole = starts.shape == goals.shape == (len(starts), env.state.size) and np.isfinite([starts, goals]).all()
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole or not len(starts):
-        raise UserError(f"{path} is not a whole file of --save-targets: write it again")
-    return starts, goals
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        problems = np.array([content["starts"], content["goals"]], np.float64)
+        if problems.size and problems.shape[2:] == env.state.shape and np.isfinite(problems).all():
+            return problems
+    raise UserError(f"{path} is not a whole file of --save-targets: write it again")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Reporting
-
-
-def wilson(p, n):
-    """95 % interval of a success rate p of n trials (Wilson, 1927)."""
-    from scipy.stats import binomtest
-
-    return list(binomtest(round(p * n), n).proportion_ci(method="wilson"))
+# ---- Reporting -----------------------------------------------------------------------------------
 
 
 def run(model, env, starts, goals, args, device, out):
     """Plans to all goals with one planner, writes what came of it to the folder `out`, and returns it."""
-    worlds = Worlds(env, starts, goals, FILMS, args.history, model.frameskip)
-    objective = {name: args.planner_args[name] for name in ("alpha", "base")}
-    cost_for = latent_cost(model, worlds, device, args.objective, **objective)
-    begin = time.perf_counter()
-    with tqdm(total=args.max_iter, desc=f"{args.planner} with {args.ckpt}", unit="plan") as bar:
-        success = solve(worlds, cost_for, model, args, device, bar.update)
-    seconds = time.perf_counter() - begin
-    rates = success.float().mean(1).tolist()
-    as_cem = "mpc-cem" if args.planner.startswith("mpc-") else "cem"
-    gd = {"opt_steps": None} if args.planner.endswith("gd") else {}  # its --opt-steps are of another kind
+    from scipy.stats import binomtest  # here, because its import takes a second
+
+    worlds, n = Worlds(env, starts, goals, FILMS, args.history, model.frameskip), len(starts)
+    alpha, base = args.planner_args["alpha"], args.planner_args["base"]
+    cost_for, begin = latent_cost(model, worlds, device, args.objective, alpha, base), time.perf_counter()
+    success = solve(worlds, cost_for, model, args, device, title=f"{args.planner} with {args.ckpt}")
+    seconds, rates = time.perf_counter() - begin, success.float().mean(1).tolist()
     results = {
         "args": vars(args),
-        "success_by_iter": rates,
-        "interval": [wilson(p, len(starts)) for p in rates],
-        "n_evals": len(starts),
+        "success_by_iter": rates,  # and its 95 % interval (Wilson, 1927)
+        "interval": [list(binomtest(k, n).proportion_ci(method="wilson")) for k in success.sum(1).tolist()],
+        "n_evals": n,
         "imagination": write_films(out, model, worlds, device),
-        "controls": controls(env, starts, goals, model, settle(argparse.Namespace(**vars(args) | gd), as_cem, model)),
+        "controls": controls(env, starts, goals, model, args),
         "seconds": seconds,
     }
     common.write_json(out / "results.json", results)
     k = np.arange(1, len(rates) + 1)
     lines = [(k, rates, "o-", "world model")]
     lines += [(k, control, "--", CONTROLS[name]) for name, control in results["controls"].items()]
-    title, labels = f"{len(starts)} goals", dict(xlabel="MPC iterations", ylabel="success rate", ylim=(0, 1.02))
+    axes = dict(title=f"{n} goals", xlabel="MPC iterations", ylabel="success rate", ylim=(0, 1.02))
     bands = [(k, *np.transpose(results["interval"]))]
-    pictures.write_plot(out / "success.png", lines, bands, legend="lower right", title=title, **labels)
+    pictures.write_plot(out / "success.png", lines, bands, legend="lower right", **axes)
     print_table(results)
     print(f"\n{seconds:.0f} s of planning and acting; {out}/ holds results.json, success.png and the GIFs")
     return results
 
 
 def print_table(results):
-    rows = {"model": results["success_by_iter"], **results["controls"]}
+    columns = {"model": results["success_by_iter"], **results["controls"]}
     print(f"\nsuccess over {results['n_evals']} problems within k MPC iterations (95 % interval of the model's)")
-    print("k".rjust(3) + "".join(name.rjust(8) for name in rows))
+    print("k".rjust(3) + "".join(name.rjust(8) for name in columns))
     for k, (low, high) in enumerate(results["interval"]):
-        print(f"{k + 1:3}" + "".join(f"{rates[k]:8.2f}" for rates in rows.values()) + f"   [{low:.2f}, {high:.2f}]")
+        print(f"{k + 1:3}" + "".join(f"{rates[k]:8.2f}" for rates in columns.values()) + f"   [{low:.2f}, {high:.2f}]")
     if results["imagination"]:
         scores = ", ".join(f"{name.upper()} {value:.3f}" for name, value in results["imagination"].items())
         print(f"imagined against real frames: {scores}")
@@ -413,22 +368,22 @@ def write_films(out, model, worlds, device):
 
 def compare_planners(results, path):
     """A table of planners: what they search, what they execute, and how often they end at the goal."""
-    names = list(next(iter(results.values()))["controls"])
-    header = ["planner", "search per plan", "plans × model steps", "success", *names, "seconds"]
-    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    controls = next(iter(results.values()))["controls"]
+    header = ["planner", "search per plan", "plans × model steps", "success", *controls, "seconds"]
+    rows = [header, ["---"] * len(header)]
     for planner, result in results.items():
         args, (low, high) = result["args"], result["interval"][-1]
         search = "gradient steps" if planner.endswith("gd") else f"× {args['num_samples']} candidates"
-        cells = [f"`{planner}`", f"{args['opt_steps']} {search}", f"{args['max_iter']} × {args['n_taken_actions']}"]
-        cells += [f"{result['success_by_iter'][-1]:.2f} [{low:.2f}, {high:.2f}]"]
-        cells += [f"{result['controls'][name][-1]:.2f}" for name in names] + [f"{result['seconds']:.0f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    common.write_atomic(path, "\n".join(lines) + "\n")
-    print("\n" + "\n".join(lines))
+        row = [f"`{planner}`", f"{args['opt_steps']} {search}", f"{args['max_iter']} × {args['n_taken_actions']}"]
+        row += [f"{result['success_by_iter'][-1]:.2f} [{low:.2f}, {high:.2f}]"]
+        row += [f"{rates[-1]:.2f}" for rates in result["controls"].values()]
+        rows.append([*row, f"{result['seconds']:.0f}"])
+    table = "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    common.write_atomic(path, table)
+    print("\n" + table, end="")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The script
+# ---- The script ----------------------------------------------------------------------------------
 
 
 # name: default, how its text is read, what it is
@@ -449,34 +404,25 @@ PLANNER_ARGS = {
 
 def get_args(argv=None):
     parser = common.Parser(description=__doc__.split("\n")[0])
-    add, parse = parser.add_argument, {name: parse for name, (_, parse, _) in PLANNER_ARGS.items()}
-    what = "; ".join(f"{name}: {what}" for name, (*_, what) in PLANNER_ARGS.items())
+    add = parser.add_argument
     add("--ckpt", help="the run to plan with, ours or released by DINO-WM (default: the newest under runs/)")
     add("--weights", help="pretrained weights for the encoder of a released run, which lacks them; as in train.py")
-    add(
-        "--data",
-        help="data set of --goal-source dset, and of a released run's statistics (default: the one trained on)",
-    )
-    add("--seed", type=common.seed_number, nargs="+", default=[99], help="seeds of the problems, which are pooled; "
-        "the first is CEM's, too")  # fmt: skip
+    add("--data", help="data set of --goal-source dset, and of a released run's statistics (default: the run's own)")
+    seeds = "seeds of the problems, which are pooled; the first is the planner's, too"
+    add("--seed", type=common.seed_number, nargs="+", default=[99], help=seeds)
     add("--n-evals", type=positive, default=50, help="number of problems per seed")
     add("--shift", choices=SHIFTS, help="let the world appear otherwise than in training")
-    add("--goal-source", default="random_state", help="random_state: random start and goal states; dset: both out of a "
-        "validation episode, goal_H model steps apart; random_action: a start from there, and where goal_H random "
-        "actions lead; or a file that --save-targets wrote")  # fmt: skip
+    sources = "random_state: random start and goal states; dset: both out of a validation episode, goal_H model steps "
+    sources += "apart; random_action: a start from there, and where random actions lead; or a file of --save-targets"
+    add("--goal-source", default="random_state", help=sources)
     add("--save-targets", metavar="PATH", help="write the problems to this file")
     add("--planner", type=common.names(PLANNERS), default="mpc-cem", help=f"one or more of {', '.join(PLANNERS)}")
-    add(
-        "--planner-args",
-        type=common.key_values(parse),
-        default={},
-        help="settings of the planners, as K=V,K=V: " + what,
-    )
+    read = common.key_values({name: read for name, (_, read, _) in PLANNER_ARGS.items()})
+    what = "; ".join(f"{name}: {what}" for name, (*_, what) in PLANNER_ARGS.items())
+    add("--planner-args", type=read, default={}, help=f"settings of the planners, as K=V,K=V: {what}")
     add("--goal-H", type=positive, default=5, help="planning horizon in model steps")
-    add("--n-taken-actions", type=positive, help="model steps executed before replanning (default: goal_H; 1 for the "
-        "paper's variant)")  # fmt: skip
-    add("--history", type=positive, help="number of true frames from which imagination starts (default: 1; num_hist "
-        "for the paper's variant)")  # fmt: skip
+    add("--n-taken-actions", type=positive, help="model steps before replanning (default: goal_H; paper's variant: 1)")
+    add("--history", type=positive, help="true frames that imagination starts from (default: 1; paper's: num_hist)")
     add("--max-iter", type=positive, help="MPC iterations (default: as many as make 10 goal_H model steps)")
     add("--objective", choices=("last", "all"), default="last", help="which imagined frames should be like the goal")
     add("--num-samples", type=positive, default=300, help="number of candidates of cem, icem and mppi")
@@ -498,17 +444,16 @@ def get_args(argv=None):
 
 
 def settle(args, planner, model):
-    """The arguments of one planner. Where no flag speaks, they follow from the planner and the checkpoint's variant."""
-    replans, paper = planner.startswith("mpc-"), model.variant == "paper"
-    n_taken_actions = (args.n_taken_actions or (1 if paper else args.goal_H)) if replans else args.goal_H
-    own = dict(
-        planner=planner,
-        n_taken_actions=n_taken_actions,
-        max_iter=(args.max_iter or 10 * args.goal_H // n_taken_actions) if replans else 1,
-        opt_steps=args.opt_steps or (1000 if planner.endswith("gd") else 10),
-        history=args.history or (model.num_hist if paper else 1),
-    )
-    return argparse.Namespace(**vars(args) | own)
+    """The arguments of one planner. What no flag says follows from the planner and the checkpoint's variant."""
+    args, paper = argparse.Namespace(**vars(args) | {"planner": planner}), model.variant == "paper"
+    args.opt_steps = args.opt_steps or (1000 if planner.endswith("gd") else 10)
+    args.history = args.history or (model.num_hist if paper else 1)
+    if planner.startswith("mpc-"):
+        args.n_taken_actions = args.n_taken_actions or (1 if paper else args.goal_H)
+        args.max_iter = args.max_iter or 10 * args.goal_H // args.n_taken_actions
+    else:
+        args.n_taken_actions, args.max_iter = args.goal_H, 1
+    return args
 
 
 def newest_run():
@@ -521,10 +466,8 @@ def newest_run():
 def main():
     args = get_args()
     args.ckpt = args.ckpt or newest_run()
-    out, device = (
-        common.output_folder("plan_outputs", args.name or Path(args.ckpt).resolve().name),
-        torch.device(args.device),
-    )
+    out = common.output_folder("plan_outputs", args.name or Path(args.ckpt).resolve().name)
+    device = torch.device(args.device)
     model = load_model(args.ckpt, device, args.data, args.weights)
     if args.planner_args["alpha"] and not model.proprio_dim:
         raise UserError(f"alpha weighs proprio, which {args.ckpt} does not have beside its visual latent")
@@ -533,7 +476,7 @@ def main():
     starts, goals = get_problems(env, args, model)
     if args.save_targets:
         content = {"env": model.world["env"], "starts": starts.tolist(), "goals": goals.tolist()}
-        common.write_atomic(args.save_targets, json.dumps(content))
+        common.write_json(args.save_targets, content)
     results = {}
     for planner in args.planner:
         folder = out if len(args.planner) == 1 else out / planner

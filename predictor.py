@@ -36,16 +36,17 @@ from torch import nn
 
 from encoders import build_encoder
 from lib.common import UserError, load_state, load_tensors, save_tensors, to_tensor
-from lib.decoders import build_decoder, from_pixels, to_pixels
+from lib.decoders import build_decoder
 from lib.vjepa import RotaryBlock, attend, rotary_angles
 from lib.weights import load_renamed, rename
 
-# ---------------------------------------------------------------------------------------------------------
-# The transition models. A frame's latents are one row of numbers, [visual (N * d), proprio (copies * e)]. A model is
+# ---- The transition models -----------------------------------------------------------------------
+#
+# A frame's latents are one row of numbers, [visual (N * d), proprio (copies * e)]. A model is made of num_patches N,
+# num_frames H, dim d, proprio_dim e, action_dim a and its own sizes, and has
 #     forward(z, action, memory)    z (B, T, N*d + copies*e) of T <= num_frames frames and the actions taken there
 #                                   (B, T, a) -> the latents of the T next frames, or with `newest` of the last one
 #                                   alone, and what it remembers for the next call (or None)
-# and says of itself
 #     criterion                     the error that it is trained on and plans by
 #     copies                        how many copies of the proprio a frame has
 #     embeds                        whether phi and psi come before it; else it takes normalised proprio and actions
@@ -70,13 +71,10 @@ class Attention(nn.Module):
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim)
 
-    def forward(self, x, mask, past=None, ask=None):
-        """`past`: keys and values of the tokens before x. `ask`: only so many of the last tokens want an answer.
-        Returns the keys and values of all tokens, too."""
-        B, L, _ = x.shape
-        qkv = self.to_qkv(self.norm(x)).view(B, L, 3, self.heads, -1)
+    def forward(self, x, mask, past=None, first=0):
+        qkv = self.to_qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, dim_head)
-        out, kept = attend(q, k, v, mask, past, ask, self.dropout if self.training else 0.0)
+        out, kept = attend(q[:, :, first:], k, v, mask, past, self.dropout if self.training else 0.0)
         return F.dropout(self.to_out(out.transpose(1, 2).flatten(2)), self.dropout, self.training), kept
 
 
@@ -89,39 +87,37 @@ class FeedForward(nn.Sequential):
 class Block(nn.ModuleList):
     """Attention and feed-forward, each added to the residual stream."""
 
-    def forward(self, x, mask, past=None, ask=None):
+    def forward(self, x, mask, past=None, first=0):
         attention, feed_forward = self
-        y, kept = attention(x, mask, past, ask)
-        x = (x if ask is None else x[:, -ask:]) + y
+        y, kept = attention(x, mask, past, first)
+        x = x[:, first:] + y
         return x + feed_forward(x), kept
 
 
-def newest_frame(blocks, call, x, n, memory):
-    """What `blocks` make of the newest frame alone, the last n tokens of x (B, L, D), and the memory for the next call.
+def run_blocks(blocks, x, mask, tables, newest=0, memory=None):
+    """Sends the tokens x (B, L, D) of a window through one block after another. Besides the mask, a block needs the row
+    that each token has in the `tables`. Returns the tokens, and a memory for the next call.
 
-    This is the plain pass through the blocks with nothing computed twice. While the window grows, no frame changes its
-    position and none sees a later one, so the keys and values of the earlier frames are kept, and only the newest frame
-    runs through the blocks. When the window slides, all positions change and all frames run, but from the last block
-    only the newest frame wants an answer. `call(block, x, first, past, ask)` applies a block to tokens from `first` on.
+    With `newest`, only so many of the last tokens come back, those of the newest frame, and nothing is computed twice.
+    While the window grows, no frame changes its position and none sees a later one, so the memory keeps the keys and
+    values of the earlier frames, and only the newest frame runs through the blocks. When the window slides, all
+    positions change and all frames run, except that the last block answers the newest frame alone.
     """
     L = x.shape[1]
-    known, pasts = memory if memory and memory[0] + n == L else (0, [None] * len(blocks))
-    x, kept = x[:, known:], []
+    known, pasts = memory if memory and memory[0] + newest == L else (0, [None] * len(blocks))
+    x, tables, kept = x[:, known:], [table[known:L] for table in tables], []
     for block, past in zip(blocks, pasts, strict=True):
-        x, keys_and_values = call(block, x, known, past, n if block is blocks[-1] else None)
+        first = x.shape[1] - newest if newest and block is blocks[-1] else 0  # the first token that wants an answer
+        x, keys_and_values = block(x, *tables, mask[known + first : L, :L], past, first)
         kept.append(keys_and_values)
-    return x, (L, kept)
+    return x, (L, kept) if newest else None
 
 
 class ViTPredictor(nn.Module):
     """DINO-WM's transition: a pre-norm transformer over the tokens of up to `num_frames` frames.
 
-    Args:
-        num_patches, num_frames: N tokens a frame, H frames at most.
-        dim, proprio_dim, action_dim: d, e, a. With concat_dim 1 their sum is D, the width of a token.
-        depth, heads, dim_head, mlp_dim, dropout: the paper's sizes by default.
-        concat_dim: 1 repeats proprio and action onto every token; 0 makes them two tokens more, and D = d.
-        num_proprio_repeat, num_action_repeat: how many copies of them a token has, with concat_dim 1.
+    The default sizes are the paper's. With `concat_dim` 1 proprio and action are repeated onto every token, so many
+    copies of them as `num_proprio_repeat` and `num_action_repeat` say. With 0 they are two tokens more, and D = d.
     """
 
     criterion = staticmethod(F.mse_loss)
@@ -134,51 +130,39 @@ class ViTPredictor(nn.Module):
     ):  # fmt: skip
         super().__init__()
         if concat_dim == 0 and not dim == proprio_dim == action_dim:
-            raise UserError(
-                f"concat_dim=0 needs proprio and action as wide as a token, {dim}, not {proprio_dim} and {action_dim}"
-            )
-        self.num_patches, self.dim, self.concat_dim = num_patches, dim, concat_dim
-        self.repeats = num_proprio_repeat, num_action_repeat
-        self.copies = num_patches * num_proprio_repeat if concat_dim == 1 else 1
-        tokens, width = num_patches + 2, dim
+            widths = f"{proprio_dim} and {action_dim}"
+            raise UserError(f"concat_dim=0 needs proprio and action as wide as a token, {dim}, not {widths}")
+        self.num_patches, self.dim = num_patches, dim
+        self.concat_dim, self.action_repeat = concat_dim, num_action_repeat
+        self.copies, tokens, width = 1, num_patches + 2, dim
         if concat_dim == 1:
-            tokens, width = num_patches, dim + num_proprio_repeat * proprio_dim + num_action_repeat * action_dim
+            self.copies, tokens = num_patches * num_proprio_repeat, num_patches
+            width = dim + num_proprio_repeat * proprio_dim + num_action_repeat * action_dim
         self.pos_embedding = nn.Parameter(torch.randn(1, num_frames * tokens, width))
-        self.blocks = nn.ModuleList(
-            Block([Attention(width, heads, dim_head, dropout), FeedForward(width, mlp_dim, dropout)])
-            for _ in range(depth)
-        )
+        sizes = (width, heads, dim_head, dropout), (width, mlp_dim, dropout)
+        self.blocks = nn.ModuleList(Block([Attention(*sizes[0]), FeedForward(*sizes[1])]) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.register_buffer("mask", frame_causal(num_frames, tokens), persistent=False)
 
-    def transformer(self, x):
-        """(B, L, D) -> (B, L, D), the tokens of whole frames; frame t of the output predicts frame t + 1."""
-        L = x.shape[1]
-        x = x + self.pos_embedding[:, :L]
-        for block in self.blocks:
-            x, _ = block(x, self.mask[:L, :L])
-        return self.norm(x)
-
-    def newest(self, x, n, memory):
-        """`transformer` for the newest frame alone, (B, L, D) -> (B, n, D), and the memory for the next call."""
-        L = x.shape[1]
-        call = lambda block, x, first, past, ask: block(x, self.mask[:L, :L], past, ask)  # noqa: E731
-        x, memory = newest_frame(self.blocks, call, x + self.pos_embedding[:, :L], n, memory)
+    def transformer(self, x, newest=0, memory=None):
+        """(B, L, D) -> (B, L, D), the tokens of whole frames; frame t of the output predicts frame t + 1. `newest` and
+        the memory are those of `run_blocks`."""
+        x = x + self.pos_embedding[:, : x.shape[1]]
+        x, memory = run_blocks(self.blocks, x, self.mask, [], newest, memory)
         return self.norm(x), memory
 
     def forward(self, z, action, memory=None, newest=False):
         N = self.num_patches
-        visual, proprio = z.split([N * self.dim, z.shape[-1] - N * self.dim], -1)
+        visual, proprio = z.tensor_split([N * self.dim], -1)
+        visual = visual.unflatten(-1, (N, -1))  # (B, T, N, d)
         if self.concat_dim == 1:  # onto every token; it predicts a copy of the proprio with each of them
-            action = action.repeat(1, 1, self.repeats[1])[:, :, None].expand(-1, -1, N, -1)
-            parts = visual.unflatten(-1, (N, -1)), proprio.unflatten(-1, (N, -1)), action
-            axis = -1  # (B, T, N, D)
+            action = action.repeat(1, 1, self.action_repeat)[:, :, None].expand(-1, -1, N, -1)
+            parts, axis = (visual, proprio.unflatten(-1, (N, -1)), action), -1
         else:
-            parts = visual.unflatten(-1, (N, -1)), proprio[:, :, None], action[:, :, None]
-            axis = 2  # (B, T, N + 2, d)
-        x = torch.cat(parts, axis)
+            parts, axis = (visual, proprio[:, :, None], action[:, :, None]), 2
+        x = torch.cat(parts, axis)  # (B, T, N, D) or (B, T, N + 2, d)
         n = x.shape[2]  # tokens a frame
-        x, memory = self.newest(x.flatten(1, 2), n, memory) if newest else (self.transformer(x.flatten(1, 2)), None)
+        x, memory = self.transformer(x.flatten(1, 2), newest and n, memory)
         visual, proprio, _ = x.unflatten(1, (-1, n)).split([part.shape[axis] for part in parts], axis)
         return torch.cat([visual.flatten(2), proprio.flatten(2)], -1), memory
 
@@ -190,11 +174,7 @@ class RWMPredictor(nn.Module):
     the GRU's state is carried on (the paper's window slides), the mean is a change of the last state, and the loss is
     the sample's squared error, which teaches the deviation to shrink to its bound. The bounds are those from which the
     release's learned ones start. Deviation: no privileged heads, because the worlds here have no such signals.
-
-    Args:
-        num_patches, num_frames: 1 token a frame, a history of H frames at most.
-        dim, proprio_dim, action_dim: d, e, a.
-        width, depth: of the GRU; mlp_dim: of the heads. The defaults are the paper's (table S7).
+    `width` and `depth` are the GRU's, `mlp_dim` is that of the heads; the defaults are the paper's (table S7).
     """
 
     criterion = staticmethod(F.mse_loss)
@@ -223,16 +203,7 @@ class RWMPredictor(nn.Module):
         if memory is not None:  # only the last frame is new
             z, action = z[:, -1:], action[:, -1:]
         mean, std, memory = self.distribution(z, action, memory)
-        z = mean + std * torch.randn_like(std) if self.training else mean  # reparameterised
-        return z, memory
-
-
-def rotary_tables(num_frames, side, head_dim):
-    """cos and sin (L, head_dim) for frames of 2 + side^2 tokens, as V-JEPA 2-AC has them: the action and the state of a
-    frame turn with its time alone, a patch also with its row and column."""
-    patch = torch.cat([torch.zeros(2, dtype=torch.long), torch.arange(side**2)]).repeat(num_frames)
-    frame = torch.arange(num_frames).repeat_interleave(2 + side**2)
-    return rotary_angles(torch.stack([frame, patch // side, patch % side], -1), head_dim, released=True)
+        return mean + std * torch.randn_like(std) if self.training else mean, memory  # reparameterised
 
 
 class ACPredictor(nn.Module):
@@ -240,12 +211,7 @@ class ACPredictor(nn.Module):
 
     Deviations: the next state is the state plus what a head reads from its token, because only in the release's world
     *is* an action the change of the state. And training imagines the states as planning does, where the release reads
-    the true ones.
-
-    Args:
-        num_patches, num_frames: N tokens a frame, on a square grid; H frames at most.
-        dim, proprio_dim, action_dim: d, P, A (the release: 1408, 7, 7).
-        width, depth, heads, mlp_dim: the release's 300 M parameters by default.
+    the true ones. The default sizes are those of the release, which has 300 M parameters, and d 1408, P 7 and A 7.
     """
 
     criterion = staticmethod(F.l1_loss)
@@ -275,34 +241,30 @@ class ACPredictor(nn.Module):
         for i, block in enumerate(self.predictor_blocks, 1):  # the deeper a block is, the less it adds at first
             for linear in (block.attn["proj"], block.mlp["fc2"]):
                 linear.weight.data /= math.sqrt(2 * i)
-        tables = *rotary_tables(num_frames, side, width // heads), frame_causal(num_frames, 2 + num_patches)
+        # the action and the state of a frame turn with its time alone, a patch also with its row and column
+        patch = torch.cat([torch.zeros(2, dtype=torch.long), torch.arange(num_patches)]).repeat(num_frames)
+        frame = torch.arange(num_frames).repeat_interleave(2 + num_patches)
+        position = torch.stack([frame, patch // side, patch % side], -1)  # (L, 3)
+        tables = *rotary_angles(position, width // heads, True), frame_causal(num_frames, 2 + num_patches)
         for name, table in zip(("cos", "sin", "mask"), tables, strict=True):
             self.register_buffer(name, table, persistent=False)
 
-    def transformer(self, tokens, actions, states, memory=None, newest=False):
+    def transformer(self, tokens, actions, states, newest=False, memory=None):
         """Tokens (B, T*N, d), actions (B, T, A), states (B, T, P) -> tokens and states of the T next frames, or with
-        `newest` of the last one, and the memory for the next call."""
+        `newest` of the last one alone, and the memory for the next call."""
         patches = self.predictor_embed(tokens).unflatten(1, (-1, self.num_patches))  # (B, T, N, width)
         a, s = self.action_encoder(actions)[:, :, None], self.state_encoder(states)[:, :, None]
         x = torch.cat([a, s, patches], dim=2).flatten(1, 2)  # (B, L, width), L = T * (2 + N)
-        L, n = x.shape[1], 2 + self.num_patches
-
-        def call(block, x, first=0, past=None, ask=None):
-            return block(x, self.cos[first:L], self.sin[first:L], self.mask[:L, :L], past, ask)
-
-        if newest:
-            x, memory = newest_frame(self.predictor_blocks, call, x, n, memory)
-        else:
-            for block in self.predictor_blocks:
-                x, _ = call(block, x)
+        n = 2 + self.num_patches
+        x, memory = run_blocks(self.predictor_blocks, x, self.mask, [self.cos, self.sin], newest and n, memory)
         x = self.predictor_norm(x).unflatten(1, (-1, n))  # (B, T or 1, 2 + N, width)
         states = states[:, -x.shape[1] :] + self.state_head(x[:, :, 1])
         return self.predictor_proj(x[:, :, 2:]).flatten(1, 2), states, memory
 
     def forward(self, z, action, memory=None, newest=False):
-        visual, states = z.split([self.num_patches * self.dim, z.shape[-1] - self.num_patches * self.dim], -1)
-        visual = visual.unflatten(-1, (self.num_patches, self.dim))  # (B, T, N, d)
-        tokens, states, memory = self.transformer(visual.flatten(1, 2), action, states, memory, newest)
+        visual, states = z.tensor_split([self.num_patches * self.dim], -1)
+        tokens = visual.unflatten(-1, (-1, self.dim)).flatten(1, 2)  # (B, T * N, d)
+        tokens, states, memory = self.transformer(tokens, action, states, newest, memory)
         tokens = F.layer_norm(tokens, tokens.shape[-1:]).unflatten(1, (-1, self.num_patches))
         return torch.cat([tokens.flatten(2), states], -1), memory
 
@@ -321,8 +283,7 @@ class ACPredictor(nn.Module):
 PREDICTORS = {"vit": ViTPredictor, "rwm": RWMPredictor, "vjepa2_ac": ACPredictor}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The world model
+# ---- The world model -----------------------------------------------------------------------------
 
 
 class WorldModel(nn.Module):
@@ -330,8 +291,8 @@ class WorldModel(nn.Module):
 
     Args:
         encoder: from `build_encoder`, frozen.
-        action_stats, proprio_stats: (mean, std) of one environment action (DoF,) and of the proprio (P,);
-            actions and proprio come in the world's units and are normalised here.
+        action_stats, proprio_stats: (mean, std) of one environment action (DoF,) and of the proprio (P,), by which the
+            model normalises what comes in the world's units.
         num_hist, frameskip: H frames that the transition sees, environment steps per model step.
         emb_dim, action_emb_dim: widths of phi and psi (default: the same), for the transitions that want them.
         world: where the data came from, {"env": name, "img_size": of its frames, "data": folder}.
@@ -350,11 +311,11 @@ class WorldModel(nn.Module):
         self.config |= dict(predictor=predictor, variant=variant, sizes=sizes)
         self.encoder, self.world = encoder, world
         self.num_hist, self.frameskip, self.variant = num_hist, frameskip, variant
-        for name, (mean, std) in {"action": action_stats, "proprio": proprio_stats}.items():
-            repeat = frameskip if name == "action" else 1
+        for name, (mean, std), repeat in (("action", action_stats, frameskip), ("proprio", proprio_stats, 1)):
             self.register_buffer(f"{name}_mean", torch.as_tensor(mean, dtype=torch.float32).repeat(repeat))
             self.register_buffer(f"{name}_std", torch.as_tensor(std, dtype=torch.float32).repeat(repeat))
-        transition, A, P = PREDICTORS[predictor], len(self.action_mean), len(self.proprio_mean)
+        self.action_dim = len(self.action_mean)  # of a model step: frameskip * DoF
+        transition, A, P = PREDICTORS[predictor], self.action_dim, len(self.proprio_mean)
         if encoder.name == "state":
             encoder.dim, P = P, 0  # the proprio is the token
         if variant == "paper":
@@ -373,13 +334,6 @@ class WorldModel(nn.Module):
         # How many true frames a training rollout starts from. The paper's loss leaves shorter windows untrained.
         self.context = num_hist if transition.needs_history or variant == "paper" else 1
         self.decoder = build_decoder(encoder.num_patches, encoder.dim, **decoder) if decoder else None
-
-    @property
-    def action_dim(self):
-        """A = frameskip * DoF, the length of a model step's action."""
-        return len(self.action_mean)
-
-    # -- observations and actions become latents ---------------------------------------------------------------
 
     def encode(self, obs):
         """obs {"visual": frames (B, T, H, W, 3) uint8 or their tokens (B, T, N, d), "proprio": (B, T, P)} ->
@@ -409,8 +363,6 @@ class WorldModel(nn.Module):
         N, d = self.encoder.num_patches, self.encoder.dim
         return {"visual": z[..., : N * d].unflatten(-1, (N, d)), "proprio": z[..., N * d : N * d + self.proprio_dim]}
 
-    # -- the loss, and imagination -----------------------------------------------------------------------------
-
     def error(self, predicted, target):
         """The mean error over all numbers of packed latents, and that of the visual and of the proprio ones alone."""
         n = self.encoder.num_patches * self.encoder.dim
@@ -424,8 +376,7 @@ class WorldModel(nn.Module):
         imagined frames, the k-th weighed by decay^k; the gradient goes through the last `grad_steps` (None: all).
 
         batch: {"visual": tokens (B, H + K, N, d), "proprio": (B, H + K, P), "action": (B, H + K, A)}.
-        Returns the loss and its parts, {"visual", "proprio"} of the first term, and "rollout".
-        """
+        Returns the loss and its parts, {"visual", "proprio"} of the first term, and "rollout"."""
         z, H = self.pack(self.encode(batch)), self.num_hist
         target = z.detach()
         predicted, _ = self.predictor(z[:, :H], self.encode_action(batch["action"][:, :H]))
@@ -444,12 +395,8 @@ class WorldModel(nn.Module):
         return loss, parts
 
     def rollout(self, z0, actions):
-        """Imagines what `actions` lead to.
-
-        z0: latents of the first frames (B, T0, ...), as `encode` returns them; planning knows one.
-        actions: (B, T, A), one per frame from the first of z0 on, in the world's units.
-        Returns latents of T + 1 frames.
-        """
+        """Imagines what actions (B, T, A) lead to, in the world's units and one per frame from the first on. z0 are the
+        latents of the first frames (B, T0, ...), as `encode` returns them. Returns the latents of T + 1 frames."""
         return self.unpack(self.imagine(self.pack(z0), actions))
 
     def imagine(self, z, actions, grad_steps=None):
@@ -457,14 +404,12 @@ class WorldModel(nn.Module):
 
         The window grows to num_hist frames and then slides; a transition with a memory remembers all of them. The
         gradient goes from prediction to prediction through the last `grad_steps` imagined frames (None: through all);
-        the frames before them learn from their own errors alone.
-        """
-        a, H, T0, T = self.encode_action(actions), self.num_hist, z.shape[1], actions.shape[1]
-        newest = not self.training  # training is plain; planning computes nothing twice
+        the frames before them learn from their own errors alone."""
+        a, H, T = self.encode_action(actions), self.num_hist, actions.shape[1]
         cut = T + 1 - grad_steps if grad_steps else 0  # no gradient enters the frames before this one
         frames, memory = [z], None
-        for t in range(T0, T + 1):  # t frames are known
-            after, memory = self.predictor(z[:, -H:], a[:, max(t - H, 0) : t], memory, newest)
+        for t in range(z.shape[1], T + 1):  # t frames are known; training is plain, planning computes nothing twice
+            after, memory = self.predictor(z[:, -H:], a[:, max(t - H, 0) : t], memory, newest=not self.training)
             new = after[:, -1:]
             frames.append(new)
             if t < cut:
@@ -472,24 +417,22 @@ class WorldModel(nn.Module):
             z = torch.cat([z, new], dim=1)
         return torch.cat(frames, dim=1)
 
-    # -- the decoder shows latents as pictures; nothing flows back from it --------------------------------------
-
     def decode(self, visual):
         """Visual latents (B, T, N, d) -> frames (B, T, H, W, 3) uint8."""
-        return from_pixels(self.decoder(visual)[0])
+        images = self.decoder(visual)[0].clamp(-1, 1)  # (B, T, 3, H, W)
+        return ((images + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()
 
     def decoder_loss(self, visual, frames):
         """What the decoder learns by, given visual latents (B, T, N, d) and their frames (B, T, H, W, 3) of 0 to 255:
-        the error of the reconstruction, with pixels in [-1, 1], plus 0.25 times that of the codes. Returns the two
-        parts, too."""
+        the error of the reconstruction, with pixels in [-1, 1], plus 0.25 times that of the codes. Nothing else learns
+        from it. Returns the two parts, too."""
         images, codes = self.decoder(visual.detach())
-        reconstruction = F.mse_loss(images, to_pixels(frames))
+        reconstruction = F.mse_loss(images, frames.movedim(-1, -3) / 127.5 - 1)
         return reconstruction + 0.25 * codes, reconstruction, codes
 
-    # -- checkpoints: tensors and plain values only, so that they load without executing anything ---------------
-
     def save(self, directory, **extra):
-        """Writes `directory`/model.pt, atomically; `extra` is what a resumed training needs."""
+        """Writes `directory`/model.pt, atomically, and with it `extra`, which a resumed training needs. The file holds
+        tensors and plain values only, so that loading it executes nothing."""
         save_tensors(Path(directory) / "model.pt", {"config": self.config, "model": self.state_dict(), **extra})
 
     @classmethod
@@ -502,11 +445,8 @@ class WorldModel(nn.Module):
             stats = [(state[f"{name}_mean"], state[f"{name}_std"]) for name in ("action", "proprio")]
             stats[0] = tuple(s[: len(s) // config["frameskip"]] for s in stats[0])  # of one environment action
             encoder = build_encoder(config.pop("encoder"), config.pop("img_size"), weights="random")
-            config.pop("num_pred", None)  # older checkpoints have it, and it is 1
-            world, counts = config["world"], (config["num_hist"], config["frameskip"], config["world"]["img_size"])
-            if not all(isinstance(n, int) and n > 0 for n in counts) or {type(world[k]) for k in ("env", "data")} != {
-                str
-            }:
+            world, numbers = config["world"], (config["num_hist"], config["frameskip"], config["world"]["img_size"])
+            if min(numbers) < 1 or not all(isinstance(world[name], str) for name in ("env", "data")):
                 raise ValueError("num_hist, frameskip or world is not what it should be")
             model = cls(encoder, *stats, **config.pop("sizes"), **config)
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, ZeroDivisionError) as error:
@@ -528,11 +468,8 @@ def load_checkpoint(directory, device="cpu"):
 
 
 def load_model(run, device="cpu", data=None, weights=None):
-    """The world model in a run's folder, in eval mode: one of ours, or one that DINO-WM released.
-
-    A released one lacks its statistics, which come from the data set `data`, and its frozen encoder, for which
-    `weights` is what `build_encoder` takes.
-    """
+    """The world model in a run's folder, in eval mode: one of ours, or one that DINO-WM released. The latter lacks its
+    statistics, which come from the data set `data`, and its encoder, for which `build_encoder` takes `weights`."""
     if (Path(run) / "hydra.yaml").exists() or (Path(run) / "checkpoints").exists():
         from lib.released import load_released_model
 

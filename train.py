@@ -26,7 +26,6 @@ import torch
 from tqdm import tqdm
 
 import data
-from data import Windows
 from encoders import build_encoder
 from lib import common, pictures
 from lib.common import UserError, positive
@@ -39,15 +38,14 @@ DECODER_FRAMES = 32  # frames a step that the decoder learns from: the last of e
 
 def train(args):
     dataset = data.open_dataset(args.data) if args.data else None
-    world = dataset.meta if dataset else {}
-    env, img_size = args.env or world.get("env", "pointmaze"), args.img_size or world.get("img_size", 64)
+    meta = dataset.meta if dataset else {}
+    env, img_size = args.env or meta.get("env", "pointmaze"), args.img_size or meta.get("img_size", 64)
     variants = [args.predictor] * (args.predictor != "vit") + [args.variant] * (args.variant == "paper")
     directory = common.output_folder("runs", args.name or "_".join([env, args.encoder, *variants]))
     device = torch.device(args.device)
 
     # a run that is there goes on with the flags that it was begun with
-    flags = {name: value for name, value in vars(args).items() if name != "device"}
-    resumed = None
+    resumed, flags = None, {name: value for name, value in vars(args).items() if name != "device"}
     if (directory / "model.pt").exists():
         resumed = load_checkpoint(directory, device)
         common.same_flags(directory, flags)
@@ -68,26 +66,17 @@ def train(args):
     print(f"{dataset.path}: {len(dataset)} episodes, frameskip {dataset.meta['frameskip']}")
     train_episodes, val_episodes = dataset.split()
     num_frames = args.num_hist + args.rollout_steps
-    train_windows = Windows(dataset, train_episodes, num_frames, args.frameskip)
-    val_windows = Windows(dataset, val_episodes, num_frames, args.frameskip)
+    train_windows = data.Windows(dataset, train_episodes, num_frames, args.frameskip)
+    val_windows = data.Windows(dataset, val_episodes, num_frames, args.frameskip)
     if resumed is None and hasattr(encoder, "fit"):
         encoder.to(device).fit(frames_to_fit(encoder, dataset, train_episodes, rng), seed=args.seed)
 
     # the model
-    stats = dataset.statistics(train_episodes)
-    model = WorldModel(
-        encoder,
-        stats["action"],
-        stats["proprio"],
-        args.num_hist,
-        frameskip=args.frameskip,
-        emb_dim=encoder.dim if sizes.get("concat_dim") == 0 else 10,
-        world=dict(env=env, img_size=img_size, data=str(dataset.path)),
-        predictor=args.predictor,
-        variant=args.variant,
-        decoder=decoder_sizes(args, img_size, single),
-        **sizes,
-    ).to(device)
+    stats, world = dataset.statistics(train_episodes), dict(env=env, img_size=img_size, data=str(dataset.path))
+    kind = dict(predictor=args.predictor, variant=args.variant, frameskip=args.frameskip, world=world)
+    sizes |= {"emb_dim": encoder.dim if sizes.get("concat_dim") == 0 else 10}
+    sizes |= {"decoder": decoder_sizes(args, img_size, single) if args.decoder else None}
+    model = WorldModel(encoder, stats["action"], stats["proprio"], args.num_hist, **kind, **sizes).to(device)
     if args.predictor_weights and resumed is None:
         model.predictor.load_released(args.predictor_weights)
     decoder = [] if model.decoder is None else list(model.decoder.parameters())
@@ -96,9 +85,9 @@ def train(args):
     optimizer = torch.optim.AdamW(groups, lr=args.lr)
 
     # the budget
-    epochs, batch_size = args.epochs or (20 if single else 100), args.batch_size or (128 if single else 32)
+    batch_size = args.batch_size or (128 if single else 32)
     steps_per_epoch = -(-len(train_windows) // batch_size)
-    total_steps = args.steps or epochs * steps_per_epoch
+    total_steps = args.steps or (args.epochs or (20 if single else 100)) * steps_per_epoch
     epochs = -(-total_steps // steps_per_epoch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, total_steps))
     log = []
@@ -169,8 +158,8 @@ def validate(model, windows, tokens, batch_size, device, rollout):
     for batch in windows.batches(np.arange(len(windows)), tokens, batch_size, device):
         loss, parts = model.loss(batch, **rollout)
         visual = model.encode(batch)["visual"][:, : model.num_hist + 1]
-        copy = model.predictor.criterion(visual[:, :-1], visual[:, 1:])
-        values = {"val": loss, **{f"val_{name}": part for name, part in parts.items()}, "copy": copy}
+        values = {"val": loss, **{f"val_{name}": part for name, part in parts.items()}}
+        values["copy"] = model.predictor.criterion(visual[:, :-1], visual[:, 1:])
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value.item() * len(visual) / len(windows)
     return sums
@@ -184,10 +173,9 @@ def show_imagination(model, dataset, episodes, num_frames, tokens, device, direc
     ("recon_pred", which is in no loss), and the `likeness` of what is imagined. imagined.png has three rows for each of
     four windows: the frames, their latents decoded, the imagined latents decoded.
     """
-    model.eval()
     lengths = (dataset.episode_ends - dataset.episode_starts)[episodes]
     longest = lengths.max() * dataset.meta["frameskip"] // model.frameskip
-    windows = Windows(dataset, episodes, max(num_frames, min(10, longest)), model.frameskip)
+    windows = data.Windows(dataset, episodes, max(num_frames, min(10, longest)), model.frameskip)
     order = np.linspace(0, len(windows) - 1, count).astype(int)
     (batch,) = windows.batches(order, tokens, count, device, windows.num_frames)
     z, frames, H, known = model.encode(batch), batch["frames"], model.num_hist, model.context
@@ -197,16 +185,14 @@ def show_imagination(model, dataset, episodes, num_frames, tokens, device, direc
     start = {name: latent[:, :known] for name, latent in z.items()}
     imagined = model.decode(model.rollout(start, batch["action"][:, :-1])["visual"])
     real, decoded = frames.byte().cpu().numpy(), model.decode(z["visual"])
-    rows = [film[i] for i in range(4) for film in (real, decoded, imagined)]
-    pictures.write_strips(directory / "imagined.png", *rows)
+    pictures.write_strips(directory / "imagined.png", *(f[i] for i in range(4) for f in (real, decoded, imagined)))
     films = np.concatenate([pictures.beside(real[i], imagined[i]) for i in range(4)])
     pictures.write_gif(directory / "imagined.gif", films, duration=50 * model.frameskip)
     errors = {"recon": recon.item(), "vq": vq.item(), "recon_pred": recon_pred.item()}
     return errors | pictures.likeness(imagined[:, known:], real[:, known:])
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Data and sizes
+# ---- Data and sizes ------------------------------------------------------------------------------
 
 
 def open_or_collect(args, env, img_size):
@@ -220,15 +206,14 @@ def open_or_collect(args, env, img_size):
 def frames_to_fit(encoder, dataset, episodes, rng):
     """The frames (S, H, W, 3) that an encoder is fitted to: FIT_FRAMES at random, in clips as long as it wants them."""
     clip = encoder.clip_frames
-    starts = Windows(dataset, episodes, clip, dataset.meta["frameskip"]).starts
+    starts = data.Windows(dataset, episodes, clip, dataset.meta["frameskip"]).starts
     first = np.sort(rng.choice(starts, min(FIT_FRAMES // clip, len(starts)), replace=False))
     return dataset.frames[(first[:, None] + np.arange(clip)).ravel()]
 
 
 def encoder_img_size(args):
     """The paper shows DINOv2 224 px, which makes 256 patches; the release shows it 196, for its decoder's sake."""
-    paper = args.variant == "paper" and args.encoder.startswith("dino")
-    return args.encoder_img_size or (224 if paper else None)
+    return args.encoder_img_size or (224 if args.variant == "paper" and args.encoder.startswith("dino") else None)
 
 
 # vit has the paper's sizes for patch tokens, and sizes that suit a laptop for a single token; rwm has the paper's;
@@ -236,14 +221,11 @@ def encoder_img_size(args):
 COMPOSITION = dict(concat_dim=1, num_proprio_repeat=1, num_action_repeat=1)  # of vit's tokens
 PAPER = dict(depth=6, heads=16, dim_head=64, mlp_dim=2048, dropout=0.1) | COMPOSITION
 LAPTOP = dict(depth=4, heads=4, dim_head=32, mlp_dim=256, dropout=0.0) | COMPOSITION
-SIZES = {"vit": PAPER, "rwm": dict(width=256, depth=2, mlp_dim=128)}
-SIZES["vjepa2_ac"] = dict(width=128, depth=4, heads=4, mlp_dim=512)
+RWM, AC = dict(width=256, depth=2, mlp_dim=128), dict(width=128, depth=4, heads=4, mlp_dim=512)
+SIZES = {"vit": PAPER, "rwm": RWM, "vjepa2_ac": AC}
 KNOWN_SIZES = {name: common.number(int, 1, 10**5) for sizes in SIZES.values() for name in sizes}
-KNOWN_SIZES |= {
-    "depth": common.number(int, 1, 1000),
-    "dropout": common.number(float, 0, 0.99),
-    "concat_dim": common.number(int, 0, 1),
-}
+KNOWN_SIZES["depth"] = common.number(int, 1, 1000)
+KNOWN_SIZES |= {"dropout": common.number(float, 0, 0.99), "concat_dim": common.number(int, 0, 1)}
 
 
 def transition_sizes(args, single):
@@ -258,13 +240,10 @@ ROLLOUT_ARGS = {"decay": common.number(float, 0, 1, open_low=True), "grad_steps"
 
 
 def decoder_sizes(args, img_size, single):
-    """The decoder's keyword arguments, or None: the release's sizes for its frames, and less for smaller ones."""
-    if args.decoder is None:
-        return None
-    sizes = dict(img_size=img_size)
-    if img_size < 224:
-        sizes |= dict(depth=16) if single else dict(channel=64, n_res_block=2, n_res_channel=32)
-    return sizes | (dict(quantize=True) if args.decoder == "vq" else {})
+    """The decoder's keyword arguments: the release's sizes for its frames, and less for smaller ones."""
+    small = dict(depth=16) if single else dict(channel=64, n_res_block=2, n_res_channel=32)
+    quantize = {"quantize": True} if args.decoder == "vq" else {}
+    return {"img_size": img_size} | (small if img_size < 224 else {}) | quantize
 
 
 def get_args(argv=None):
@@ -281,14 +260,12 @@ def get_args(argv=None):
     add("--predictor", default="vit", choices=PREDICTORS, help="the transition model")
     add("--predictor-weights", metavar="PATH", help="released predictor from which vjepa2_ac starts")
     add("--sizes", type=common.key_values(KNOWN_SIZES), default={}, help="the transition model's, as depth=2,heads=4")
-    add("--rollout-steps", type=positive, help="number of frames that it imagines in training; 1 is teacher forcing "
-        "alone (default: as in its paper; vit 1, rwm 8, vjepa2_ac 2)")  # fmt: skip
-    add("--rollout-args", type=common.key_values(ROLLOUT_ARGS), default={}, help="decay: weight of an imagined frame "
-        "over that of the one before; grad_steps: how many of the last have a gradient")  # fmt: skip
-    add("--variant", choices=("repository", "paper"), default="repository", help="DINO-WM as released, or as its text "
-        "has it: 224 px into DINOv2, no proprio, an MLP for actions, a loss on the next frame alone")  # fmt: skip
-    add("--decoder", nargs="?", const="plain", choices=("plain", "vq"), help="also train a decoder, to see what is "
-        "imagined; vq gives it a codebook")  # fmt: skip
+    add("--rollout-steps", type=positive, help="frames imagined in training (default: vit 1, rwm 8, vjepa2_ac 2)")
+    rollout = "decay: weight of an imagined frame over that of the one before; grad_steps: how many have a gradient"
+    add("--rollout-args", type=common.key_values(ROLLOUT_ARGS), default={}, help=rollout)
+    variant = "DINO-WM as released, or as its text has it: 224 px into DINOv2, an MLP for actions, no proprio"
+    add("--variant", choices=("repository", "paper"), default="repository", help=variant)
+    add("--decoder", nargs="?", const="plain", choices=("plain", "vq"), help="train a decoder, too; vq has a codebook")
     add("--epochs", type=positive, help="passes over the windows (default: 100 for patches, 20 for one token)")
     add("--steps", type=positive, help="gradient steps in all, instead of --epochs")
     add("--batch-size", type=positive, help="windows per step (default: 32 for patches, 128 for one token)")

@@ -18,6 +18,7 @@ given again, and a step that is done stays done.
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import math
@@ -35,8 +36,7 @@ from lib.common import UserError, fit, to_frames, to_tensor
 from lib.recipes import RUN_FLAGS, parse_args
 from lib.worlds import DreamEnv, EpisodePool, make_env, rollout
 
-# ---------------------------------------------------------------------------------------------------------
-# V: what is seen, in few numbers
+# ---- V: what is seen, in few numbers -------------------------------------------------------------
 
 
 class VAE(nn.Module):
@@ -96,15 +96,11 @@ def sample_z(mu, logvar, generator=None):
 
 
 def vae_loss(recon, x, mu, logvar, beta=1.0, kl_tolerance=0.5):
-    """Squared error summed over the frame + beta * KL(q(z|x) || N(0, 1)), mean over the batch.
-
-    As in the paper's code the KL is free up to kl_tolerance nats per latent dimension: below that it is constant and
-    has no gradient.
-    """
+    """Squared error summed over the frame + beta * KL(q(z|x) || N(0, 1)), mean over the batch. As in the paper's code
+    the KL has no gradient below kl_tolerance nats per latent dimension."""
     recon_loss = (recon - x).square().sum((1, 2, 3))  # (B,)
     kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1)  # (B,)
-    kl = kl.clamp(min=kl_tolerance * mu.shape[1])
-    return (recon_loss + beta * kl).mean()
+    return (recon_loss + beta * kl.clamp(min=kl_tolerance * mu.shape[1])).mean()
 
 
 def train_vae(vae, frames, steps, lr=1e-3, beta=1.0, kl_tolerance=0.5, seed=0, transform=None, path=None):
@@ -126,17 +122,15 @@ def train_vae(vae, frames, steps, lr=1e-3, beta=1.0, kl_tolerance=0.5, seed=0, t
     return fit(vae, loss, steps, lr, seed, "train V", path, {"z_dim": vae.z_dim})
 
 
-# ---------------------------------------------------------------------------------------------------------
-# M: what happens next
+# ---- M: what happens next ------------------------------------------------------------------------
 
 
 class MDNRNN(nn.Module):
     """M: P(z_{t+1} | a_t, z_t, h_t) as a mixture of n_mix Gaussians, from an LSTM (section 2.2, appendix A.2).
 
-    With the mixture "vector" (default) there are n_mix Gaussians over the whole next latent vector, as the paper's
-    equation reads; with "dimension" n_mix for each of its dimensions by itself, as in the paper's code. Both are G
-    mixtures over D = z_dim / G dimensions each.
-    heads: any of "done", "reward", "action" (the next one, for iterative training), as one comma-separated string.
+    With the mixture "vector" there are n_mix Gaussians over the whole next latent vector, as in the paper's equation;
+    with "dimension" there are n_mix for each dimension, as in the paper's code. Both are G mixtures over D = z_dim / G
+    dimensions each. `heads` names what else M predicts: "done,reward,action" (the next action) or some of these.
     With "dimension", and without the second bias vector of PyTorch's LSTM (4 x hidden), it has the paper's parameters:
     422,368 (CarRacing: no heads, no restart flag), 1,678,785 (TakeCover: restart flag, done head).
     """
@@ -168,10 +162,7 @@ class MDNRNN(nn.Module):
 
 
 def mdn_nll(logpi, mu, logsigma, z):
-    """-log sum_k pi_k N(z | mu_k, sigma_k^2) in nats, summed over the groups: (...,) for z (..., z_dim).
-
-    In log space throughout: log sigma is the network's output, and the sum over k is a logsumexp.
-    """
+    """z (..., z_dim) -> -log sum_k pi_k N(z | mu_k, sigma_k^2) in nats, summed over the groups: (...,)."""
     z = z.unflatten(-1, (mu.shape[-3], 1, mu.shape[-1]))  # (..., G, 1, D)
     log_n = -0.5 * ((z - mu) * torch.exp(-logsigma)).square() - logsigma - 0.5 * math.log(2 * math.pi)
     return -torch.logsumexp(logpi + log_n.sum(-1), -1).sum(-1)
@@ -200,9 +191,8 @@ def mdnrnn_loss(rnn, z, a, reward, done, valid, restart):
     both = valid[:, :-1] & valid[:, 1:]  # t and t + 1 are there
     losses = {"nll": mdn_nll(*rnn.mixture(h[:, :-1][both]), z[:, 1:][both]).mean() / rnn.z_dim}
     if "done" in rnn.heads:
-        weight = 1 + (DONE_WEIGHT - 1) * done[valid]
-        logit = rnn.heads["done"](h[valid])[:, 0]
-        losses["done"] = F.binary_cross_entropy_with_logits(logit, done[valid], weight)
+        logit, true = rnn.heads["done"](h[valid])[:, 0], done[valid]
+        losses["done"] = F.binary_cross_entropy_with_logits(logit, true, 1 + (DONE_WEIGHT - 1) * true)
     if "reward" in rnn.heads:
         losses["reward"] = F.mse_loss(rnn.heads["reward"](h[valid])[:, 0], reward[valid])
     if "action" in rnn.heads:
@@ -213,12 +203,11 @@ def mdnrnn_loss(rnn, z, a, reward, done, valid, restart):
 def train_mdnrnn(rnn, latents, dataset, steps, batch_size=8, lr=1e-3, seed=0, path=None):
     """Fits M in place to whole episodes, because what decides the next step may lie far back (a player's wounds do).
 
-    z is drawn anew from its mu and logvar, `latents` (2, S, z_dim), each time. A batch holds episodes of similar length
-    around one that is drawn at random, so that little of it is padding.
+    z is drawn anew each time from its mu and logvar, `latents` (2, S, z_dim). A batch holds a random episode and others
+    of similar length, so that little of it is padding.
     Deviations: the paper's code takes 100 parts of 500 or 999 steps at a time, and leaves out the shortest episodes.
     """
     device = rnn.mdn.weight.device
-    mu, logvar = latents
     starts, ends = torch.tensor(dataset.episode_starts), torch.tensor(dataset.episode_ends)
     lengths = ends - starts
 
@@ -228,22 +217,17 @@ def train_mdnrnn(rnn, latents, dataset, steps, batch_size=8, lr=1e-3, seed=0, pa
         e = order[max(0, first) : first + batch_size]
         rows = starts[e, None] + torch.arange(int(lengths[e].max()))  # (B, T)
         valid = rows < ends[e, None]
-        rows = rows.clamp(max=len(mu) - 1).numpy()
-
-        def batch(array):
-            return torch.as_tensor(np.asarray(array[rows], np.float32), device=device)
-
-        z = sample_z(batch(mu), batch(logvar))  # (B, T, z_dim)
-        a, reward, done = batch(dataset.actions), batch(dataset.rewards), batch(dataset.dones)
+        rows = rows.clamp(max=int(ends[-1]) - 1).numpy()
+        arrays = *latents, dataset.actions, dataset.rewards, dataset.dones
+        mu, logvar, a, reward, done = (torch.as_tensor(np.float32(x[rows]), device=device) for x in arrays)
         restart = torch.zeros_like(done)
         restart[:, 0] = 1
-        return mdnrnn_loss(rnn, z, a, reward, done, valid.to(device), restart)
+        return mdnrnn_loss(rnn, sample_z(mu, logvar), a, reward, done, valid.to(device), restart)
 
     return fit(rnn, loss, steps, lr, seed, "train M", path, rnn.config, clip=1.0)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# C: what to do
+# ---- C: what to do -------------------------------------------------------------------------------
 
 
 class Controller:
@@ -259,11 +243,9 @@ class Controller:
 
     def __call__(self, params, features):
         """params (B, num_params), features (B, in_dim) -> actions (B, action_dim)."""
-        W = params[:, : self.action_dim * self.in_dim].unflatten(1, (self.action_dim, self.in_dim))
-        a = torch.einsum("bad,bd->ba", W, features)
-        if self.bias:
-            a = a + params[:, self.action_dim * self.in_dim :]
-        a = torch.tanh(a)
+        W, b = params.split([self.action_dim * self.in_dim, self.action_dim * self.bias], 1)
+        a = torch.einsum("bad,bd->ba", W.unflatten(1, (self.action_dim, self.in_dim)), features)
+        a = torch.tanh(a + b if self.bias else a)
         if self.squash == "car":  # steering in [-1, 1], gas in [0, 1], brake in [0, 1], as in the paper's code
             a = torch.stack([a[:, 0], (a[:, 1] + 1) / 2, a[:, 2].clamp(0, 1)], 1)
         return a
@@ -295,22 +277,17 @@ class Agent:
         return a[0].numpy()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The dream: M as the environment
+# ---- The dream: M as the environment -------------------------------------------------------------
 
 
 class Dream:
-    """Thousands of dreams at once: z_{t+1} and done are drawn from M, the reward is its mean, and no frame is rendered
-    (section 4.2).
+    """Thousands of dreams at once (section 4.2): M draws z_{t+1} and done, and gives the mean of the reward.
 
-    A dream begins at the first z of a real episode, with an empty memory. Without a reward head each step survived is
-    worth 1; without a done head a dream lasts `max_steps`.
+    A dream begins at the first z of a real episode, with an empty memory; `start` holds mu and logvar, (E, z_dim) each.
+    At a temperature `tau` above 1 it is less certain, and harder to exploit (section 4.3). Without a reward head each
+    step is worth 1, and without a done head a dream lasts `max_steps`.
     Deviation: done is drawn from its probability, after DONE_WEIGHT's bias has been taken off the logit; the paper's
     code ends the dream once the biased probability passes one half.
-
-    Args:
-        start: mu and logvar (E, z_dim) of the first frames.
-        tau: temperature, > 0; above 1 the dream is less certain and harder to exploit (section 4.3).
     """
 
     def __init__(self, rnn, start, tau=1.0, max_steps=1000, cell=False, seed=0):
@@ -325,17 +302,16 @@ class Dream:
         i = torch.randint(len(mu), (num,), generator=self.generator, device=self.device)
         self.z = sample_z(mu[i], logvar[i], self.generator)
         zeros = torch.zeros(1, num, self.rnn.hidden, device=self.device)
-        self.state, self.restart, self.t = (zeros, zeros), torch.ones(num, 1, device=self.device), 0
+        self.state, self.t = (zeros, zeros), 0
         return features_of(self.z, self.state, self.cell)
 
     @torch.inference_mode()
     def step(self, a):
         """Actions (B, A) -> features (B, in_dim), rewards (B,), done (B,) bool."""
-        h, self.state = self.rnn(self.z[:, None], a[:, None], self.restart, self.state)
-        h = h[:, 0]  # (B, hidden)
+        restart = torch.full((len(a), 1), float(self.t == 0), device=self.device)
+        h, self.state = self.rnn(self.z[:, None], a[:, None], restart, self.state)
+        h, heads, self.t = h[:, 0], self.rnn.heads, self.t + 1  # h (B, hidden)
         self.z = mdn_sample(*self.rnn.mixture(h), self.tau, self.generator)
-        self.restart, self.t = torch.zeros_like(self.restart), self.t + 1
-        heads = self.rnn.heads
         reward = heads["reward"](h)[:, 0] if "reward" in heads else torch.ones(len(h), device=self.device)
         done = torch.full((len(h),), self.t >= self.max_steps, device=self.device)
         if "done" in heads:  # here the dream ends an episode
@@ -345,40 +321,45 @@ class Dream:
 
     def keep(self, rows):
         """Goes on with these dreams only."""
-        self.z, self.restart = self.z[rows], self.restart[rows]
-        self.state = tuple(s[:, rows] for s in self.state)
+        self.z, self.state = self.z[rows], tuple(s[:, rows] for s in self.state)
+
+
+# ---- CMA-ES: how C is found ----------------------------------------------------------------------
 
 
 @torch.inference_mode()
 def dream_scores(dream, controller, params, seed, trials):
     """Cumulative reward of every row of params (P, num_params) in `trials` dreams each: (P, trials)."""
     dream.generator.manual_seed(seed)
-    params = torch.as_tensor(params, device=dream.device)
-    who = torch.arange(len(params), device=dream.device).repeat_interleave(trials)
-    alive, total = torch.arange(len(who), device=dream.device), torch.zeros(len(who), device=dream.device)
-    features, own = dream.reset(len(who)), params[who]
-    running = torch.ones(len(who), device=dream.device)
-    while True:
-        features, reward, done = dream.step(controller(own, features))
-        total[alive] += reward * running  # the step that ends a dream counts
-        running *= ~done
-        if dream.t % 10 == 0 or dream.t >= dream.max_steps:
-            if not running.any():
-                return total.view(len(params), trials).cpu().numpy()
-            if running.mean() < 0.9:  # dreams that are over need no computing
-                rows = running.nonzero()[:, 0]
-                dream.keep(rows)
-                alive, own, features, running = alive[rows], own[rows], features[rows], running[rows]
+    own = torch.as_tensor(params, device=dream.device).repeat_interleave(trials, 0)  # each dream has its own C
+    features, alive = dream.reset(len(own)), torch.arange(len(own), device=dream.device)
+    total, running = torch.zeros(len(own), device=dream.device), torch.ones(len(own), device=dream.device)
+    while running.any():
+        if running.mean() < 0.9:  # dreams that are over need no computing
+            rows = running.nonzero()[:, 0]
+            dream.keep(rows)
+            alive, own, features, running = alive[rows], own[rows], features[rows], running[rows]
+        for _ in range(10):  # to ask after each step whether any dream still runs would make a GPU wait
+            features, reward, done = dream.step(controller(own, features))
+            total[alive] += reward * running  # the step that ends a dream counts
+            running *= ~done
+    return total.view(len(params), trials).cpu().numpy()
 
 
-def evolve(scores, mean, path, popsize, trials, generations, score_trials, sigma0=0.1, seed=0, score_every=5):
-    """CMA-ES (appendix A.4) from `mean` (n,), resumable: `path` keeps the population's mean that scored best.
+def real_scores(pool, max_steps, params, seed, trials):
+    """Like `dream_scores`, in the real environment, and on the same `trials` tracks for every row of params (P, n). An
+    episode ends after 100 steps without a reward: few cars come back once they are off the road."""
+    jobs = [dict(who=p, seed=seed + i, steps=max_steps, patience=100) for p in params for i in range(trials)]
+    return np.array(list(pool.returns(jobs))).reshape(len(params), trials)
+
+
+def evolve(scores, mean, path, popsize, trials, generations, score_trials, sigma0=0.1, seed=0):
+    """CMA-ES (appendix A.4) from `mean` (n,). `path` keeps the population's mean that scored best.
 
     scores(params (P, n), seed, trials) -> (P, trials) returns. All candidates of a generation get the same seed and so
-    drive on the same tracks (but each dreams its own dreams). Every few generations the mean is scored over more
-    trials, always with the same seed.
-    CMA-ES is deterministic, so the fitness values are its checkpoint: a resumed run asks for the same candidates and
-    tells it the stored values.
+    drive on the same tracks (but each dreams its own dreams). After every fifth generation and the last, the mean is
+    scored over `score_trials` trials, always with the same seed.
+    CMA-ES is deterministic, so the fitness values are its checkpoint: a resumed run tells it the stored values.
     """
     begun = dict(popsize=popsize, trials=trials, sigma0=sigma0, seed=seed)
     es = cma.CMAEvolutionStrategy(mean, sigma0, {"popsize": popsize, "seed": seed + 1, "verbose": -9})
@@ -396,7 +377,7 @@ def evolve(scores, mean, path, popsize, trials, generations, score_trials, sigma
         values = scores(np.float32(candidates), (seed + 1) * 1_000_003 + generation * trials, trials).mean(1)
         es.tell(candidates, -values.astype(float))
         row = {"generation": generation + 1, "mean": values.mean(), "best": values.max(), "worst": values.min()}
-        if (generation + 1) % score_every == 0 or generation == generations - 1:
+        if (generation + 1) % 5 == 0 or generation == generations - 1:
             row["score"] = scores(np.float32(es.mean[None]), (seed + 2) * 1_000_003, score_trials).mean()
             if row["score"] > best["score"]:
                 best.update(score=float(row["score"]), params=torch.tensor(es.mean, dtype=torch.float32))
@@ -417,40 +398,36 @@ def load_controller(path, size):
     return best
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The steps of the script. Each reads what the one before wrote into the run's folder, `args.run`
+# ---- The steps: each reads what the one before wrote into the run's folder, `args.run` -----------
 
 
 def collect(args):
-    """1. Episodes of a random policy; in iterative training, from the second iteration on, of C."""
-    out = args.run / "data"
+    """1. Episodes of a random policy. In later iterations of `iterate` C acts, and the earlier episodes stay."""
+    out, before, policy, agents = args.run / "data", [], args.policy, ()
     if out.exists():
         return print(f"{out}: {len(data.Dataset(out))} episodes are there")
-    policy, before, count = args.policy, iter(()), 0
-    if args.previous:  # C acts, and what the earlier iterations saw stays
-        (policy,), old = trained_controllers(args.previous).values(), dataset_of(args.previous)
-        spans, count = zip(old.episode_starts, old.episode_ends, strict=True), len(old)
-        before = ({name: getattr(old, name)[s:e] for name in old.ARRAYS} for s, e in spans)
-    seeds = range(args.seed * 1_000_003, args.seed * 1_000_003 + args.episodes)
-    jobs = [dict(who=policy, seed=seed, steps=args.max_steps) for seed in seeds]
-    meta = dict(env=args.env, seed=args.seed, policy="C" if args.previous else policy, img_size=64, frameskip=1)
-    with real_episodes(args.previous or args) as pool:
-        episodes = itertools.chain(before, pool.map(jobs))
-        dataset = data.write_dataset(out, episodes, count + args.episodes, meta)
-    returns = np.add.reduceat(dataset.rewards, dataset.episode_starts)[count:]  # of the new episodes
-    print(f"{len(dataset)} episodes, {len(dataset.frames)} frames, return {returns.mean():.1f} ± {returns.std():.1f}")
+    if args.previous:
+        policy, agents = load_c(args.previous, *c_names(args)), (make_agents, args.previous)
+        old = data.Dataset(args.previous.run / "data")
+        spans = zip(old.episode_starts, old.episode_ends, strict=True)
+        before = [{name: getattr(old, name)[start:end] for name in old.ARRAYS} for start, end in spans]
+    jobs = [dict(who=policy, seed=args.seed * 1_000_003 + i, steps=args.max_steps) for i in range(args.episodes)]
+    meta = dict(env=args.env, seed=args.seed, policy="C" if before else policy, img_size=64, frameskip=1)
+    with EpisodePool(args.workers, args.env, 64, *agents) as pool:
+        dataset = data.write_dataset(out, itertools.chain(before, pool.map(jobs)), len(before) + len(jobs), meta)
+    returns = np.add.reduceat(dataset.rewards, dataset.episode_starts)[len(before) :]
+    print(f"{len(jobs)} new episodes of {len(dataset)}, return {returns.mean():.1f} ± {returns.std():.1f}")
 
 
 def train_v(args):
     """2. V on the frames, then mu and logvar of each frame into latents.npy."""
-    frames, latents = dataset_of(args).frames, args.run / "latents.npy"
+    frames, latents = data.Dataset(need(args, "data", "collect")).frames, args.run / "latents.npy"
     torch.manual_seed(args.seed)
-    vae = VAE(args.z_dim)
+    vae = VAE(args.z_dim).to(args.device)
     if args.previous:
         common.load_fitted(vae, args.previous.run / "vae.pt")
-    train_vae(
-        vae.to(args.device), frames, args.v_steps, lr=args.lr, beta=args.beta, seed=args.seed, path=args.run / "vae.pt"
-    )
+    path = args.run / "vae.pt"
+    train_vae(vae, frames, args.v_steps, lr=args.lr, beta=args.beta, seed=args.seed, path=path)
     with torch.inference_mode():
         if not latents.exists():
             chunks = (frames[i : i + 500] for i in tqdm(range(0, len(frames), 500), desc="encode"))
@@ -463,9 +440,9 @@ def train_v(args):
 
 def train_m(args):
     """3. M on the latents."""
-    dataset, latents = dataset_of(args), latents_of(args)
+    dataset, latents = load_data(args)
     torch.manual_seed(args.seed)
-    rnn = make_rnn(args).to(args.device)
+    rnn = make_rnn(args, args.heads).to(args.device)
     if args.previous:
         common.load_fitted(rnn, args.previous.run / "rnn.pt")
     train_mdnrnn(rnn, latents, dataset, args.m_steps, lr=args.lr, seed=args.seed, path=args.run / "rnn.pt")
@@ -474,66 +451,61 @@ def train_m(args):
 def train_c(args):
     """4. C by CMA-ES: in the dream (M alone, one C for each --tau), or in the real environment."""
     _, rnn, controller = load_models(args)
-    mean = np.zeros(controller.num_params)
-    if args.previous:  # in iterative training C goes on from the iteration before
-        (mean,) = trained_controllers(args.previous).values()
-
-    def search(scores, path):
-        budget = args.popsize, args.trials, args.generations, args.score_trials, args.sigma0, args.seed
-        best = evolve(scores, mean, path, *budget)
-        styles = {"best": "-", "mean": "-", "worst": "-", "score": "ko-"}
-        pictures.write_log_plot(path.with_suffix(".png"), best["log"], "generation", styles, ylabel="return")
-        print(f"{path}: {controller.num_params} weights, {best['score']:.1f} in the {args.where} environment")
-
-    if args.where == "dream":
-        for tau, path in zip(args.tau, controllers(args).values(), strict=True):
-            search(functools.partial(dream_scores, make_dream(args, rnn.to(args.device), tau), controller), path)
-    else:
-        with real_episodes(args) as pool:
-            search(functools.partial(real_scores, pool, args.max_steps), *controllers(args).values())
+    mean = load_c(args.previous, *c_names(args)) if args.previous else np.zeros(controller.num_params)
+    real = args.where == "real"
+    with EpisodePool(args.workers, args.env, 64, make_agents, args) if real else contextlib.nullcontext() as pool:
+        for name in c_names(args):
+            if real:
+                scores = functools.partial(real_scores, pool, args.max_steps)
+            else:
+                scores = functools.partial(dream_scores, make_dream(args, rnn.to(args.device), name), controller)
+            budget = args.popsize, args.trials, args.generations, args.score_trials, args.sigma0, args.seed
+            path = args.run / f"c_{name}.pt"
+            best = evolve(scores, mean, path, *budget)
+            styles = {"best": "-", "mean": "-", "worst": "-", "score": "ko-"}
+            pictures.write_log_plot(path.with_suffix(".png"), best["log"], "generation", styles, ylabel="return")
+            print(f"{path}: {controller.num_params} weights, {best['score']:.1f} in the {args.where} environment")
 
 
 def test(args):
     """5. Every trained C and a random policy: return over --test-episodes real episodes, and as many dreams."""
     vae, rnn, controller = load_models(args)
-    found = trained_controllers(args, every=True)
-    seeds, results = [777_000_000 + args.seed * 1_000 + i for i in range(args.test_episodes)], {}
-    with real_episodes(args) as pool:
+    there = [path.stem.removeprefix("c_") for path in sorted(args.run.glob("c_*.pt"))]
+    found = {name: load_c(args, name) for name in there or c_names(args)}
+    first, results = 777_000_000 + args.seed * 1_000, {}
+    with EpisodePool(args.workers, args.env, 64, make_agents, args) as pool:
         for name, who in {"random": "uniform", **found}.items():
-            jobs = [dict(who=who, seed=seed, steps=args.max_steps) for seed in seeds]
+            jobs = [dict(who=who, seed=first + i, steps=args.max_steps) for i in range(args.test_episodes)]
             results[name] = {"real": list(tqdm(pool.returns(jobs), f"test {name}", len(jobs)))}
             if name.startswith("dream"):
-                dream = make_dream(args, rnn, float(name.removeprefix("dream_tau")))
+                dream = make_dream(args, rnn, name)
                 returns = dream_scores(dream, controller, who[None], 777_000_000 + args.seed, args.test_episodes)
                 results[name]["dream"] = returns[0].tolist()
     protocol = {k: getattr(args, k) for k in ("test_episodes", "seed", "max_steps")}
     common.write_json(args.run / "test.json", {**protocol, "returns": results})
-    print(f"return over {args.test_episodes} episodes, mean ± standard deviation\n{'C':16} {'dream':>14} {'real':>14}")
+    print(f"return over {args.test_episodes} episodes, mean ± standard deviation")
     for name, result in results.items():
-        dream, real = (f"{np.mean(r):.0f} ± {np.std(r):.0f}" if r else "-" for r in map(result.get, ("dream", "real")))
-        print(f"{name:16} {dream:>14} {real:>14}")
+        print(f"{name:16}", *(f"{where} {np.mean(r):.0f} ± {np.std(r):.0f}  " for where, r in result.items()))
     film_dream(args, vae, rnn, controller, *min(found.items()))
     return results
 
 
-def film_dream(args, vae, rnn, controller, name, params, length=600):
+def film_dream(args, vae, rnn, controller, name, params):
     """A dream (left) beside a real episode (right), both with the same C: dream.gif."""
-    env, tau = make_env(args.env), float(name.removeprefix("dream_tau")) if "tau" in name else 1.0
-    dream, films = DreamEnv(make_dream(args, rnn, tau), vae), []
-    agent, weights = Agent(vae, rnn, controller, args.cell, params, args.seed), torch.from_numpy(params)[None]
-    dreamer = lambda obs: controller(weights, torch.from_numpy(obs["proprio"])[None])[0].numpy()  # noqa: E731
-    for world, policy in ((dream, dreamer), (env, agent)):
+    agent, films = Agent(vae, rnn, controller, args.cell, params, args.seed), []
+    dreamer = lambda obs: controller(agent.params, torch.from_numpy(obs["proprio"])[None])[0].numpy()  # noqa: E731
+    for world, policy in ((DreamEnv(make_dream(args, rnn, name), vae), dreamer), (make_env(args.env), agent)):
         obs, _ = world.reset(seed=args.seed)
-        films.append(rollout(world, obs, policy, min(length, args.max_steps))["frames"])
+        films.append(rollout(world, obs, policy, min(600, args.max_steps))["frames"])
     both = min(map(len, films))
-    pictures.write_gif(args.run / "dream.gif", pictures.beside(films[0][:both], films[1][:both])[::3], duration=85)
+    pictures.write_gif(args.run / "dream.gif", pictures.beside(*(film[:both:3] for film in films)), duration=85)
 
 
 def iterate(args):
-    """Section 5: roll out, train M on what comes next (z, reward, the action; done where the recipe has it), train C in
-    M; again. Each iteration is a run of its own with all data so far, and V, M and C go on from the one before.
+    """Section 5: C acts, M learns what comes next (z, reward, action, and done if the recipe has it), C learns in M, C
+    acts again. Each iteration is a run of its own with all data so far, and V, M and C go on from the one before.
 
-    Deviation: V is trained on, too, because later iterations see what the first did not.
+    Deviation: V is trained further, too, because later iterations see what the first did not.
     """
     if len(args.tau) > 1:
         raise UserError(f"iterate trains one C at a time: give one --tau, not {len(args.tau)}")
@@ -544,16 +516,14 @@ def iterate(args):
         own = dict(run=args.run / f"iteration{i + 1}", seed=args.seed + i, where="dream", heads=heads)
         previous = argparse.Namespace(**vars(args) | own | {"previous": previous})
         results = STEPS["all"](previous)
-        (name,) = controllers(previous)
-        returns = {**results[name], "random": results["random"]["real"]}
+        returns = {**results[c_names(previous)[0]], "random": results["random"]["real"]}
         table.append({"iteration": i + 1, **{who: float(np.mean(r)) for who, r in returns.items()}})
         common.write_csv(args.run / "iterations.csv", table)
-        print("  ".join(f"{name} {value:.4g}" for name, value in table[-1].items()))
 
 
 def bench(args):
     """Dream steps per second, C included, at the sizes of --env, with untrained weights."""
-    rnn, controller = make_rnn(args).eval().requires_grad_(False).to(args.device), make_controller(args)
+    rnn, controller = make_rnn(args, args.heads).eval().requires_grad_(False).to(args.device), make_controller(args)
     dream, rates = Dream(rnn, torch.zeros(2, 1, args.z_dim), 1.0, 10**9, args.cell), []
     for batch in (1, 64, 1024):
         params, features = torch.randn(batch, controller.num_params, device=args.device), dream.reset(batch)
@@ -562,82 +532,62 @@ def bench(args):
         print(f"{batch:5} dreams at once: {rates[-1]:9.0f} dream steps/s, {rates[-1] / rates[0]:6.1f} x one")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# What the steps read of a run
+# ---- What the steps read of a run ----------------------------------------------------------------
 
 
-def need(path, step, args):
-    if not path.exists():
-        raise UserError(f"no {path}: first run python vae_mdnrnn.py {step} --env {args.env}")
-    return path
+def need(args, name, step):
+    if not (args.run / name).exists():
+        raise UserError(f"no {args.run / name}: first run python vae_mdnrnn.py {step} --env {args.env}")
+    return args.run / name
 
 
-def dataset_of(args):
-    return data.Dataset(need(args.run / "data", "collect", args))
-
-
-def latents_of(args):
-    """mu and logvar of every frame, (2, S, z_dim)."""
-    latents = data.open_array(need(args.run / "latents.npy", "train-v", args), 3, "f")
-    if latents.shape != (2, len(dataset_of(args).frames), args.z_dim) or not np.isfinite(latents).all():
+def load_data(args):
+    """The data set, and mu and logvar of its frames, (2, S, z_dim)."""
+    dataset = data.Dataset(need(args, "data", "collect"))
+    latents = data.open_array(need(args, "latents.npy", "train-v"), 3, "f")
+    if latents.shape != (2, len(dataset.frames), args.z_dim) or not np.isfinite(latents).all():
         raise UserError(f"{args.run}/latents.npy does not fit the frames and V: remove it, and give train-v again")
-    return latents
+    return dataset, latents
 
 
 def load_models(args):
     """V and M as they were trained, and C's form."""
-    vae = common.load_fitted(VAE(args.z_dim), need(args.run / "vae.pt", "train-v", args)).requires_grad_(False)
-    path = need(args.run / "rnn.pt", "train-m", args)
+    vae = common.load_fitted(VAE(args.z_dim), need(args, "vae.pt", "train-v")).requires_grad_(False)
+    vae.encoder.to(memory_format=torch.channels_last)  # as the frames are: the same z, and a third less time
+    path = need(args, "rnn.pt", "train-m")
     heads = (common.load_tensors(path).get("config") or {}).get("heads", "")  # iterate gives M more of them
     rnn = common.load_fitted(make_rnn(args, heads), path).requires_grad_(False)
-    vae.encoder.to(memory_format=torch.channels_last)  # as the frames are: the same z, and a third less time
     return vae, rnn, make_controller(args)
 
 
-def make_rnn(args, heads=None):
-    sizes = args.z_dim, args.action_dim, args.hidden, args.n_mix, args.mixture
-    return MDNRNN(*sizes, args.heads if heads is None else heads, args.restart)
+def make_rnn(args, heads):
+    return MDNRNN(args.z_dim, args.action_dim, args.hidden, args.n_mix, args.mixture, heads, args.restart)
 
 
 def make_controller(args):
-    return Controller(args.z_dim + args.hidden * (2 if args.cell else 1), args.action_dim, args.bias, args.squash)
+    return Controller(args.z_dim + args.hidden * (1 + args.cell), args.action_dim, args.bias, args.squash)
 
 
-def make_dream(args, rnn, tau):
-    return Dream(rnn, latents_of(args)[:, dataset_of(args).episode_starts], tau, args.max_steps, args.cell, args.seed)
+def make_dream(args, rnn, name):
+    """The dream of the C called `name`, which says the temperature."""
+    tau = float(name.removeprefix("dream_tau")) if name.startswith("dream") else 1.0
+    dataset, latents = load_data(args)
+    return Dream(rnn, latents[:, dataset.episode_starts], tau, args.max_steps, args.cell, args.seed)
 
 
-def controllers(args):
-    """{name: path} of what train-c makes: one C for each temperature, or one for the real environment."""
-    names = [f"dream_tau{tau:g}" for tau in args.tau] if args.where == "dream" else ["real"]
-    return {name: args.run / f"c_{name}.pt" for name in names}
+def c_names(args):
+    """The names of what train-c makes: one C for each temperature of the dream, or one for the real environment."""
+    return [f"dream_tau{tau:g}" for tau in args.tau] if args.where == "dream" else ["real"]
 
 
-def trained_controllers(args, every=False):
-    """{name: C's weights (n,) float32}: those that the flags name, or with `every` all that the run has."""
-    paths = {path.stem.removeprefix("c_"): path for path in sorted(args.run.glob("c_*.pt"))} if every else {}
-    size = make_controller(args).num_params
-    found = {name: need(path, "train-c", args) for name, path in (paths or controllers(args)).items()}
-    return {name: load_controller(path, size)["params"].numpy() for name, path in found.items()}
-
-
-PATIENCE = 100  # steps without a reward after which the search gives an episode up: off the road few cars come back
-
-
-def real_scores(pool, max_steps, params, seed, trials):
-    """Like `dream_scores`, in the real environment, and on the same `trials` tracks for every row of params (P, n)."""
-    jobs = [dict(who=p, seed=seed + i, steps=max_steps, patience=PATIENCE) for p in params for i in range(trials)]
-    return np.array(list(pool.returns(jobs))).reshape(len(params), trials)
-
-
-def real_episodes(args):
-    """A pool of processes that play real episodes, by V, M and C if they are there."""
-    agents = (make_agents, args) if (args.run / "rnn.pt").exists() else ()
-    return EpisodePool(args.workers, args.env, 64, *agents)
+def load_c(args, name):
+    """C's weights (n,) float32."""
+    path = need(args, f"c_{name}.pt", "train-c")
+    return load_controller(path, make_controller(args).num_params)["params"].numpy()
 
 
 def make_agents(args):
-    """Runs in a worker process, and returns what makes an Agent of C's weights and a seed."""
+    """Runs in each process of a pool, and returns what makes an Agent of C's weights and a seed."""
     torch.set_num_threads(1)
     return functools.partial(Agent, *load_models(args), args.cell)
 

@@ -13,13 +13,11 @@ after a single plan, in a larger maze, and in a world that appears otherwise tha
     python -m extras.representation --encoder dinov2,dinov2@random,r3m@r3m.pth --steps 20000 --n-evals 50    # on a GPU
 
 Writes runs/NAME/: a run of train.py for each maze, encoder and seed, with its measurements in study.json; the controls
-for each maze and seed; table.md and study.png. When the same command is given again, an interrupted study goes on.
-Encoders, mazes and seeds can be added later.
+for each maze and seed; table.md and study.png. The same command goes on with a study, and may add to these three.
 """
 
 import contextlib
 import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +31,12 @@ import train
 from encoders import build_encoder
 from extras.horizon import horizon_error
 from lib import common, pictures
+from lib.common import UserError, positive
 from lib.pointmaze import SHIFTS
 from lib.worlds import ENVIRONMENTS, make_env
 from predictor import WorldModel
 
-LAPTOP = "pca,vae,vae_map,patches,vjepa_tiny"
-SHIFTED = "pointmaze"  # the maze in which the shifts are tried
-CONTROLS = "controls"  # stands in the encoder's place where the random policy and the true simulator are measured
-
+SHIFTED, CONTROLS = "pointmaze", "controls"  # the maze of the shifts; the controls stand in an encoder's place
 TRAINING = dict(img_size=64, steps=3000, batch_size=32)  # flags of train.py that are passed on, with other defaults
 PLANNING = dict(n_evals=32, max_iter=3, num_samples=64, topk=8, opt_steps=5)  # and flags of plan.py
 
@@ -49,53 +45,47 @@ def run_path(args, env, encoder, seed):
     return Path("runs", args.name, f"{env}_{encoder.replace('/', '-')}_{seed}")
 
 
-def passed_on(args, options):
-    return [f"--{name.replace('_', '-')}={getattr(args, name)}" for name in [*options, "device"]]
+def flags(args, options, **own):
+    """A command line for another script: the flags `own`, and those of this script that are passed on."""
+    own |= {name: getattr(args, name) for name in [*options, "device"]}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in own.items() if value != ""]
 
 
 def train_args(args, env, encoder, seed):
     """train.py's arguments for one run. Every encoder gets the transition model that train.py gives a single token."""
-    name, _, weights = encoder.partition("@")
-    run = run_path(args, env, encoder, seed).relative_to("runs")
-    sizes = ",".join(f"{size}={value}" for size, value in (train.LAPTOP | {"depth": args.depth}).items())
-    own = [f"--env={env}", f"--encoder={name}", f"--seed={seed}", f"--sizes={sizes}", f"--name={run}"]
-    own += [f"--weights={weights}"] * bool(weights)
-    return train.get_args(own + passed_on(args, TRAINING))
+    own = dict(env=env, seed=seed, name=run_path(args, env, encoder, seed).relative_to("runs"))
+    own["encoder"], _, own["weights"] = encoder.partition("@")
+    own["sizes"] = ",".join(f"{size}={value}" for size, value in (train.LAPTOP | {"depth": args.depth}).items())
+    return train.get_args(flags(args, TRAINING, **own))
 
 
 def plan_args(args, seed):
-    return plan.get_args([f"--seed={seed}", "--baselines=random,oracle", *passed_on(args, PLANNING)])
+    return plan.get_args(flags(args, PLANNING, seed=seed, baselines="random,oracle"))
 
 
 def measure(args, env_name, encoder, seed):
     """Trains one run, plans with it, and returns what is measured."""
-    directory, device, start = run_path(args, env_name, encoder, seed), torch.device(args.device), time.perf_counter()
+    directory, device = run_path(args, env_name, encoder, seed), torch.device(args.device)
     train.train(train_args(args, env_name, encoder, seed))
-    trained = time.perf_counter()
     model, env = WorldModel.load(directory, device), make_env(env_name, args.img_size)
     settings = plan.settle(plan_args(args, seed), "mpc-cem", model)
     problems = plan.get_problems(env, settings, model)
-    result = {"tokens": model.encoder.num_patches, "dim": model.encoder.dim, "train_seconds": trained - start}
-    result["success"] = success(model, env, problems, settings)
-    result["plan_seconds"] = time.perf_counter() - trained
 
-    settings.max_iter, result["shift"] = 1, {"plain": result["success"][0]}
-    for shift in args.shift if env_name == SHIFTED else []:
-        (result["shift"][shift],) = success(model, make_env(env_name, args.img_size, shift), problems, settings)
+    def success(shift=None):  # within 1, 2, ... MPC iterations
+        worlds = plan.Worlds(make_env(env_name, args.img_size, shift), *problems)
+        reached = plan.solve(worlds, plan.latent_cost(model, worlds, device), model, settings, device)
+        return reached.float().mean(1).tolist()
+
+    result = {"tokens": model.encoder.num_patches, "dim": model.encoder.dim, "success": success()}
+    settings.max_iter = 1
+    result["shift"] = {shift: success(shift)[0] for shift in args.shift if env_name == SHIFTED}
     last = np.atleast_1d(np.genfromtxt(directory / "log.csv", delimiter=",", names=True))[-1]
     result["latent_error"] = float(last["val_visual"] / last["copy"])
     result["drift"] = horizon_error(env, {"": model}, args.drift, args.n_evals, [seed], device)[""]
-
     dataset = data.open_dataset(model.world["data"])
     rows = [r[:: -(-len(r) // most)] for r, most in zip(map(dataset.rows, dataset.split()), (4000, 1000), strict=True)]
     result["probe"] = linear_probe(data.token_cache(model.encoder, dataset, device), dataset.states, rows)
     return result
-
-
-def success(model, env, problems, settings):
-    """Success rates within 1, 2, ... MPC iterations."""
-    worlds, device = plan.Worlds(env, *problems), torch.device(settings.device)
-    return plan.solve(worlds, plan.latent_cost(model, worlds, device), model, settings, device).float().mean(1).tolist()
 
 
 def linear_probe(tokens, states, rows, ridge=1e-4):
@@ -104,10 +94,9 @@ def linear_probe(tokens, states, rows, ridge=1e-4):
     `rows` are those to learn from, and those to measure on."""
     x, x_val, y, truth = (torch.from_numpy(a[r].astype(float)).flatten(1) for a in (tokens, states) for r in rows)
     mean, center = x.mean(0), y.mean(0)
-    x -= mean
-    gram = x @ x.T
+    gram = (x - mean) @ (x - mean).T
     gram.diagonal().add_(ridge * gram.trace())
-    readout = x.T @ torch.linalg.solve(gram, y - center)
+    readout = (x - mean).T @ torch.linalg.solve(gram, y - center)
     error = (x_val - mean) @ readout + center - truth
     return (1 - error.square().mean(0) / truth.var(0, unbiased=False)).tolist()
 
@@ -127,8 +116,7 @@ def run_job(args_and_job):
     args, env, encoder, seed = args_and_job
     path = run_path(args, env, encoder, seed)
     common.keep_freed_memory()
-    if args.device == "cpu":
-        torch.set_num_threads(max(1, os.cpu_count() // args.workers))
+    torch.set_num_threads(max(1, os.cpu_count() // args.workers))
     with open(f"{path}.log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         result = measure_controls(args, env, seed) if encoder == CONTROLS else measure(args, env, encoder, seed)
     common.write_json(path / "study.json", result)
@@ -145,101 +133,84 @@ def cell(values, digits=2):
     return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if np.isfinite(half) else "")
 
 
-def table(title, header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join([title, "", *(f"| {' | '.join(line)} |" for line in lines), "", ""])
+def stack(runs):
+    """Turns dictionaries of numbers, one for each seed, into a dictionary of arrays (seeds, ...)."""
+    return {k: stack([run[k] for run in runs]) for k in runs[0]} if isinstance(runs[0], dict) else np.array(runs)
 
 
 def write_tables(args, results, path):
-    """Writes a table of all measurements for each maze, and one of the shifts. Every ± is over seeds."""
-    header = ["encoder", "tokens", "within 1", f"within {args.max_iter}", "latent error", f"drift at {args.drift}"]
-    header += ["probe x, y", "probe vx, vy", "train s", "plan s"]
-    tables, shown = "", ["plain", *args.shift]
+    """Writes a table for each maze. Every ± is over seeds."""
+    lines = []
     for env in args.env:
-        rows = []
-        for control in plan.CONTROLS:
-            rates = np.array([run[control] for run in results[env, CONTROLS]])
-            rows.append([control, "", cell(rates[:, 0]), cell(rates[:, -1]), *[""] * 6])
+        shifts = results[env, args.encoder[0]]["shift"]
+        header = ["encoder", "tokens", "within 1", f"within {args.max_iter}", *(f"with {shift}" for shift in shifts)]
+        header += ["latent error", f"drift at {args.drift}", "probe x, y", "probe vx, vy"]
+        lines += [f"\n{env}, {args.n_evals} goals per seed\n", header, ["---"] * len(header)]
+        for name, rates in results[env, CONTROLS].items():
+            lines.append([name, "", cell(rates[:, 0]), cell(rates[:, -1]), *[""] * (len(header) - 4)])
         for encoder in args.encoder:
-            runs = results[env, encoder]
-            row = [encoder, f"{runs[0]['tokens']} × {runs[0]['dim']}"]
-            row += [cell([run["success"][k] for run in runs]) for k in (0, -1)]
-            row += [cell([run["latent_error"] for run in runs], 3), cell([run["drift"]["model"][-1] for run in runs])]
-            row += [cell([np.mean(run["probe"][part]) for run in runs]) for part in (slice(2), slice(2, 4))]
-            row += [cell([run[name] for run in runs], 0) for name in ("train_seconds", "plan_seconds")]
-            rows.append(row)
-        tables += table(f"{env}, {args.n_evals} goals per seed", header, rows)
-    if SHIFTED in args.env:
-        runs = {encoder: results[SHIFTED, encoder] for encoder in args.encoder}
-        rows = [[name, *(cell([run["shift"][shift] for run in of]) for shift in shown)] for name, of in runs.items()]
-        tables += table(f"{SHIFTED} with each shift, success within 1", ["encoder", *shown], rows)
-    common.write_atomic(path, tables)
-    print("\n" + tables, end="")
+            run = results[env, encoder]
+            row = [encoder, f"{run['tokens'][0]} × {run['dim'][0]}"]
+            row += [cell(run["success"][:, 0]), cell(run["success"][:, -1]), *(cell(run["shift"][s]) for s in shifts)]
+            row += [cell(run["latent_error"], 3), cell(run["drift"]["model"][:, -1])]
+            lines.append(row + [cell(run["probe"][:, :2].mean(1)), cell(run["probe"][:, 2:].mean(1))])
+    text = "\n".join(line if isinstance(line, str) else f"| {' | '.join(line)} |" for line in lines)
+    common.write_atomic(path, text + "\n")
+    print(text)
 
 
 def draw(args, results, path):
     """Draws success by budget for each maze, drift by horizon, and success by shift, with intervals over seeds."""
-    mazes, shown = len(args.env), ["plain", *args.shift]
-    k, h = (np.arange(1, n + 1) for n in (args.max_iter, args.drift))
-    figure = pictures.new_figure((9, 3.2 * ((mazes + 3) // 2)))
-    axes = figure.subplots((mazes + 3) // 2, 2).ravel()
-    drift, shifts = axes[mazes : mazes + 2]
+    rows, shifted = (len(args.env) + 3) // 2, SHIFTED if SHIFTED in args.env else args.env[0]
+    figure = pictures.new_figure((9, 3.2 * rows))
+    *mazes, drift, shifts = (figure.add_subplot(rows, 2, i + 1) for i in range(len(args.env) + 2))
+
+    def curve(ax, values, style, first=1, aside=0.0, label=None):
+        mean, half = interval(values)
+        x = np.arange(first, first + len(mean)) + 0.04 * aside  # a little apart, so that all intervals are seen
+        ax.errorbar(x, mean, half, fmt=style, ms=3, capsize=2, label=label)
+
+    for env, ax in zip(args.env, mazes, strict=True):
+        for i, encoder in enumerate(args.encoder):
+            curve(ax, results[env, encoder]["success"], f"C{i}o-", aside=i, label=encoder)
+        for name, style in (("oracle", "k--"), ("random", "k:")):
+            curve(ax, results[env, CONTROLS][name], style, label=plan.CONTROLS[name])
+        ax.set(title=env, xlabel="MPC iterations", ylabel="success", ylim=(0, 1.05), xticks=range(1, args.max_iter + 1))
     for i, encoder in enumerate(args.encoder):
-        aside = 0.04 * (i - len(args.encoder) / 2)  # curves stand a little apart, so that their intervals are seen
-        for env, ax in zip(args.env, axes, strict=False):
-            mean, half = interval([run["success"] for run in results[env, encoder]])
-            ax.errorbar(k + aside, mean, half, marker="o", ms=3, capsize=2, label=encoder)
-        for of, style in (("model", "-"), ("copy", ":")):
-            mean, half = interval([run["drift"][of] for run in results[args.env[0], encoder]])
-            drift.plot(h, mean, style, color=f"C{i}")
-            drift.fill_between(h, mean - half, mean + half, color=f"C{i}", alpha=0.15, lw=0)
-        if SHIFTED in args.env:
-            mean, half = interval([[run["shift"][shift] for shift in shown] for run in results[SHIFTED, encoder]])
-            shifts.errorbar(np.arange(len(shown)) + 3 * aside, mean, half, fmt="o", ms=3, capsize=2)
-    for env, ax in zip(args.env, axes, strict=False):
-        for control, style in (("oracle", "--"), ("random", ":")):
-            mean, _ = interval([run[control] for run in results[env, CONTROLS]])
-            ax.plot(k, mean, style, color="gray", label=plan.CONTROLS[control])
-        ax.set(title=env, xlabel="MPC iterations", ylabel="success", ylim=(0, 1.05), xticks=k)
-    drift.set(title=f"{args.env[0]} as imagined (dotted: copied)", yscale="log")
-    drift.set(xlabel="model steps ahead", ylabel="latent error / variance")
-    shifts.set(title=f"{SHIFTED} with each shift", ylabel="success within 1", ylim=(0, 1.05))
-    shifts.set_xticks(np.arange(len(shown)), shown, rotation=20)
-    for ax in axes[mazes + 1 + (SHIFTED in args.env) :]:
-        ax.axis("off")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
+        for name, style in (("model", "-"), ("copy", ":")):
+            curve(drift, results[args.env[0], encoder]["drift"][name], f"C{i}{style}")
+        run = results[shifted, encoder]
+        curve(shifts, np.column_stack([run["success"][:, 0], *run["shift"].values()]), f"C{i}o", first=0, aside=3 * i)
+    drift.set(xlabel="model steps ahead (dotted: copied)", ylabel="latent error / variance", yscale="log")
+    shifts.set(title=f"{shifted} with each shift", ylabel="success within 1", ylim=(0, 1.05))
+    shifts.set_xticks(range(1 + len(run["shift"])), ["plain", *run["shift"]], rotation=20)
+    figure.legend(*mazes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
     pictures.save_figure(path, figure, dpi=120)
 
 
-def several(parse):
-    """An `argparse` type: "a,b,c" becomes a list of what `parse` makes of each part, without repetitions."""
-    return lambda text: list(dict.fromkeys(parse(part) for part in text.split(",") if part))
-
-
-def get_args():
+def main():
     parser = common.Parser(description=__doc__.split("\n")[0])
     add, mazes = parser.add_argument, [name for name in ENVIRONMENTS if name.startswith("pointmaze")]
-    add("--encoder", type=several(str), default=LAPTOP, help="encoders, as ENCODER or ENCODER@WEIGHTS (see train.py)")
+    laptop = "pca,vae,vae_map,patches,vjepa_tiny"
+
+    def several(parse):  # "a,b,c" becomes a list of what `parse` makes of each part, without repetitions
+        return lambda text: list(dict.fromkeys(parse(part) for part in text.split(",") if part))
+
+    add("--encoder", type=several(str), default=laptop, help="encoders, as ENCODER or ENCODER@WEIGHTS (see train.py)")
     add("--env", type=common.names(mazes), default="pointmaze,pointmaze-medium", help="mazes to compare them in")
     add("--seeds", type=several(common.seed_number), default="0,1,2", help="seeds of training, of problems and of CEM")
     add("--shift", type=common.names(SHIFTS), default=",".join(SHIFTS), help=f"shifts of {SHIFTED} to plan with")
-    add("--depth", type=common.positive, default=2, help="layers of the transition model")
-    add("--drift", type=common.positive, default=10, help="number of model steps over which imagination is followed")
-    for script, options in (("train.py", TRAINING), ("plan.py", PLANNING)):
-        for name, default in options.items():
-            add(f"--{name.replace('_', '-')}", type=common.positive, default=default, help=f"as in {script}")
-    add("--workers", type=common.positive, help="number of runs at a time (default: one per core; 1 on a GPU)")
+    add("--depth", type=positive, default=2, help="layers of the transition model")
+    add("--drift", type=positive, default=10, help="number of model steps over which imagination is followed")
+    for name, default in (TRAINING | PLANNING).items():
+        add(f"--{name.replace('_', '-')}", type=positive, default=default, help="as in train.py or plan.py")
+    add("--workers", type=positive, help="number of runs at a time (default: one per core; 1 on a GPU)")
     add("--name", default="study", help="name of the study under runs/")
     add("--device", type=common.available_device, default=common.default_device(), help="where to compute")
     args = parser.parse_args()
     args.workers = args.workers or (os.cpu_count() if args.device == "cpu" else 1)
     if not (args.encoder and args.env and args.seeds):
-        raise common.UserError("--encoder, --env and --seeds each have to name at least one")
-    return args
-
-
-def main():
-    args = get_args()
+        raise UserError("--encoder, --env and --seeds each have to name at least one")
     root = common.output_folder("runs", args.name)
     fixed = {k: v for k, v in vars(args).items() if k not in ("encoder", "env", "seeds", "workers", "device")}
     common.same_flags(root, fixed)
@@ -247,20 +218,20 @@ def main():
     for encoder in args.encoder:  # what is unknown or missing is said before anything is trained
         settings = train_args(args, args.env[0], encoder, args.seeds[0])
         if settings.encoder == "state":
-            raise common.UserError("the study compares what encoders make of frames, and --encoder state sees none")
+            raise UserError("the study compares what encoders make of frames, and --encoder state sees none")
         build_encoder(settings.encoder, train.encoder_img_size(settings), settings.weights)
     for env in args.env:
         train.open_or_collect(settings, env, args.img_size)
     common.write_json(root / "args.json", fixed)
-
     # One seed of everything, then the next. Within a seed short jobs come last: the first encoder, and the controls.
     jobs = [(env, name, seed) for seed in args.seeds for name in [*args.encoder[::-1], CONTROLS] for env in args.env]
     left = [(args, *job) for job in jobs if not (run_path(args, *job) / "study.json").exists()]
     with common.Workers(min(args.workers, max(1, len(left)))) as pool:
         list(tqdm(pool.map(run_job, left, 1), "study", len(left), unit="run"))
-    results = {}  # {(maze, encoder): what was measured, a dictionary for each seed}
-    for env, name, seed in jobs:
-        results.setdefault((env, name), []).append(common.read_json(run_path(args, env, name, seed) / "study.json"))
+    results = {}  # {(maze, encoder): what was measured, as arrays (seeds, ...)}
+    for env, name in {(env, name) for env, name, _ in jobs}:
+        paths = [run_path(args, env, name, seed) / "study.json" for seed in args.seeds]
+        results[env, name] = stack([common.read_json(path) for path in paths])
     write_tables(args, results, root / "table.md")
     draw(args, results, root / "study.png")
     print(f"{root}/ holds table.md, study.png and the runs")

@@ -10,14 +10,14 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import threading
 import time
 import uuid
 import warnings
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +26,12 @@ from torch import nn
 from tqdm import tqdm
 
 try:
-    import fcntl  # Unix alone has it; without it nothing tells a killed process's leftovers from another's work
-except ImportError:
+    import fcntl
+except ImportError:  # Windows has none: there no lock is held, and what a killed process has left stays
     fcntl = None
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
 DISK_ERRORS |= {errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG}
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Errors, flags
 
 
 class UserError(Exception):
@@ -46,19 +42,16 @@ def run_script(main):
     """Runs a script's `main`. An error that a user can cause becomes one line on stderr and exit code 2."""
     try:
         return main()
-    except UserError as error:
-        message = str(error)
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        message = f"cannot write {error.filename or 'the output'}: {error.strerror}"
-    except (MemoryError, RuntimeError) as error:  # torch's allocators raise a RuntimeError
-        reason = " ".join(str(error).split())
-        if not isinstance(error, MemoryError) and "memory" not in reason and "allocate" not in reason:
-            raise
-        message = f"there is not enough memory ({reason[:100]}): choose smaller sizes or a smaller --batch-size"
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        message = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            message = f"cannot write {error.filename or 'the output'}: {error.strerror}"
+        elif isinstance(error, MemoryError | RuntimeError) and re.search("MemoryError|memory|allocate", repr(error)):
+            message = f"there is not enough memory ({message[:100]}): choose smaller sizes or a smaller --batch-size"
+        elif not isinstance(error, UserError):
+            raise
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -66,9 +59,9 @@ def run_script(main):
 class Parser(argparse.ArgumentParser):
     """The parser of every script: --help shows the defaults, and a wrong flag is a UserError."""
 
-    class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter):
         def _get_help_string(self, action):
-            unsaid = action.default is None or action.default is False or action.default in ([], {})
+            unsaid = str(action.default) in ("None", "False", "[]", "{}")
             return action.help if unsaid else super()._get_help_string(action)
 
     def __init__(self, **options):
@@ -82,20 +75,17 @@ def number(kind, low, high, open_low=False):
     """An `argparse` type: a finite number of the type `kind` in [low, high], or in (low, high] with `open_low`."""
 
     def parse(text):
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (low < value if open_low else low <= value) or not value <= high:  # a NaN fails every comparison
-            what = "a whole number" if kind is int else "a number"
-            at_least = "above" if open_low else "of at least"
-            raise argparse.ArgumentTypeError(f"{text} is not {what} {at_least} {low:g} and at most {high:g}")
-        return value
+            if low <= value <= high and not (open_low and value == low):  # a NaN fails every comparison
+                return value
+        what, above = "a whole number" if kind is int else "a number", "above" if open_low else "of at least"
+        raise argparse.ArgumentTypeError(f"{text} is not {what} {above} {low:g} and at most {high:g}")
 
     return parse
 
 
-natural, positive = number(int, 0, 10**7), number(int, 1, 10**7)
+positive = number(int, 1, 10**7)
 seed_number = number(int, 0, 2**31 - 1)  # what NumPy, torch and CMA-ES all take
 above_zero = number(float, 0, 1e6, open_low=True)
 
@@ -116,12 +106,11 @@ def key_values(known):
     """An `argparse` type: "depth=2,heads=4" becomes {"depth": 2, "heads": 4}. `known` is {name: type of its value}."""
 
     def parse(text):
-        values = {}
-        for name, _, value in (pair.partition("=") for pair in text.split(",") if pair):
+        values = dict(pair.partition("=")[::2] for pair in text.split(",") if pair)
+        for name, value in values.items():
             if name not in known or not value:
                 raise argparse.ArgumentTypeError(f"{name} is not one of NAME=VALUE with {', '.join(known)}")
-            values[name] = known[name](value)
-        return values
+        return {name: known[name](value) for name, value in values.items()}
 
     return parse
 
@@ -139,8 +128,7 @@ def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Folders and files
+# ---- Folders and files ---------------------------------------------------------------------------
 
 
 def output_folder(root, name):
@@ -153,13 +141,12 @@ def output_folder(root, name):
 
 def same_flags(directory, flags):
     """A run goes on with the flags that it was begun with: UserError that names those that differ from args.json."""
-    path = Path(directory) / "args.json"
-    if not path.exists():
-        return
-    before, now = read_json(path), json.loads(json.dumps(flags))
+    path, now = Path(directory) / "args.json", json.loads(json.dumps(flags))
+    before = read_json(path) if path.exists() else now
     if different := sorted(name for name in now.keys() | before.keys() if before.get(name) != now.get(name)):
         was = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}" for name in different)
-        raise UserError(f"{directory} was begun with other flags ({was}): give these, or choose another folder")
+        cure = "give these, remove it, or choose another --name"
+        raise UserError(f"{directory} was begun with other flags ({was}): {cure}")
 
 
 @contextlib.contextmanager
@@ -169,20 +156,19 @@ def partial(path, folder=False):
     The temporary one is locked while it is written. So the next writer of the same name can tell what a killed
     process has left behind, and removes it.
     """
-    path = Path(path)
-    unique = uuid.uuid4().hex[:8]
+    path, unique = Path(path), uuid.uuid4().hex[:8]
     new, temporary = path.with_name(f".{unique}.new"), path.with_name(f".{path.stem}.{unique}.partial{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(path)
+        for left in path.parent.glob(f".{path.stem}.*.partial{path.suffix}"):
+            with contextlib.suppress(OSError), locked(left):
+                remove(left) if fcntl else None
         new.mkdir() if folder else new.touch()
         with locked(new):
             new.rename(temporary)  # nobody sees it under this name without the lock
             yield temporary
-            if not folder:
+            if not (folder and path.exists()):  # another process may have made the same folder meanwhile
                 temporary.replace(path)
-            elif not path.exists():  # or another process has made the same folder meanwhile
-                temporary.rename(path)
     except OSError as error:
         error.filename = str(path)
         raise
@@ -190,17 +176,10 @@ def partial(path, folder=False):
         remove(temporary)
 
 
-def remove_leftovers(path):
-    """Removes what killed processes have left of `path`."""
-    for left in path.parent.glob(f".{path.stem}.*.partial{path.suffix}"):
-        with contextlib.suppress(OSError), locked(left):
-            remove(left)
-
-
 @contextlib.contextmanager
 def locked(path):
     """Holds a lock on a file or folder. OSError if another process has it; a process that dies gives it back."""
-    if not fcntl:
+    if fcntl is None:
         yield
         return
     file = os.open(path, os.O_RDONLY)
@@ -228,14 +207,21 @@ def write_json(path, content):
     write_atomic(path, json.dumps(content, indent=1))
 
 
-def read_json(path):
-    """The dictionary in a .json file of ours. UserError if it is damaged."""
+def read(path, how):
+    """`how(path)`, or None if the file is damaged. UserError if it is missing, or the user may not read it."""
     try:
-        content = json.loads(Path(path).read_text())
+        return how(path)
+    except FileNotFoundError:
+        raise UserError(f"no file at {path}") from None
     except PermissionError:
         raise UserError(f"cannot read {path}: you lack the permission") from None
-    except (ValueError, RecursionError):
-        content = None
+    except Exception:  # a damaged file can fail in any way
+        return None
+
+
+def read_json(path):
+    """The dictionary in a .json file of ours. UserError if it is damaged."""
+    content = read(path, lambda path: json.loads(Path(path).read_text()))
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: remove it and give the command again")
     return content
@@ -253,11 +239,10 @@ class NpyWriter:
 
     def __init__(self, path, row_shape, dtype):
         self.file, self.shape, self.dtype, self.rows = open(path, "wb"), tuple(row_shape), np.dtype(dtype), 0
-        self._header()
+        self.write_header()
 
-    def _header(self):
-        descr = np.lib.format.dtype_to_descr(self.dtype)
-        header = {"descr": descr, "fortran_order": False, "shape": (self.rows, *self.shape)}
+    def write_header(self):
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.rows, *self.shape)}
         np.lib.format.write_array_header_1_0(self.file, header)
 
     def append(self, rows):
@@ -266,12 +251,11 @@ class NpyWriter:
 
     def close(self):
         self.file.seek(0)
-        self._header()
+        self.write_header()
         self.file.close()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Tensors
+# ---- Tensors and training ------------------------------------------------------------------------
 
 
 def save_tensors(path, content):
@@ -286,15 +270,9 @@ def load_tensors(path, device="cpu", kind=dict, **options):
 
     UserError if the file is missing, unreadable, damaged or holds something other than a `kind`.
     """
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            content = torch.load(path, map_location=device, weights_only=True, **options)
-    except FileNotFoundError:
-        raise UserError(f"no file at {path}") from None
-    except PermissionError:
-        raise UserError(f"cannot read {path}: you lack the permission") from None
-    except Exception:  # a damaged file can fail in any way
-        content = None
+    options |= dict(map_location=device, weights_only=True)
+    with warnings.catch_warnings(action="ignore"):
+        content = read(path, lambda path: torch.load(path, **options))
     if not isinstance(content, kind):
         raise UserError(f"{path} is damaged, or does not hold a {kind.__name__.lower()} of torch.save")
     return content
@@ -338,16 +316,13 @@ def fit(model, loss, steps, lr, seed, name, path=None, config=None, clip=None):
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     if path and path.exists():
         return load_fitted(model, path)
-    first, log, unfinished = 0, [], path and path.with_suffix(".unfinished.pt")
+    first, log, saved_at, unfinished = 0, [], time.monotonic(), path and path.with_suffix(".unfinished.pt")
     if path and unfinished.exists():
         saved = load_tensors(unfinished)
-        if not {"model", "optimizer", "step", "log"} <= saved.keys():
-            raise UserError(f"{unfinished} is not a training of this project: remove it")
-        load_state(model, saved["model"], unfinished)
+        load_state(model, saved.get("unfinished"), unfinished)
         optimizer.load_state_dict(saved["optimizer"])  # of the same model, since its weights fit
         first, log = saved["step"], saved["log"]
     model.train()
-    saved_at = time.monotonic()
     bar = tqdm(range(first, steps), desc=name, initial=first, total=steps)
     for step in bar:
         torch.manual_seed(seed * 1_000_003 + step)
@@ -364,14 +339,13 @@ def fit(model, loss, steps, lr, seed, name, path=None, config=None, clip=None):
             log.append({"step": step, **{k: v.item() for k, v in losses.items()}})
             bar.set_postfix({k: f"{v:.4g}" for k, v in log[-1].items() if k != "step"})
         if path and time.monotonic() - saved_at > 30:
-            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), step=step + 1, log=log)
-            save_tensors(unfinished, {"config": config, **state})
+            states = {"unfinished": model.state_dict(), "optimizer": optimizer.state_dict()}
+            save_tensors(unfinished, {**states, "step": step + 1, "log": log})
             saved_at = time.monotonic()
     if path:
         write_csv(path.with_suffix(".csv"), log)
         save_tensors(path, {"config": config, "model": model.state_dict()})
         remove(unfinished)
-        remove_leftovers(unfinished)
     return model.eval()
 
 
@@ -385,37 +359,32 @@ def load_fitted(model, path):
     return model.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Processes, time
+# ---- Processes, time -----------------------------------------------------------------------------
 
 
-class Workers:
+class Workers(ProcessPoolExecutor):
     """A pool of processes, each begun with `initializer(*initargs)`: `with Workers(...) as pool: pool.map(...)`."""
 
     def __init__(self, workers, initializer=None, initargs=()):
         spawn = multiprocessing.get_context("spawn")  # a forked copy of threads or of a renderer hangs
-        self.pool = ProcessPoolExecutor(workers, spawn, _begin_worker, (initializer, initargs))
+        super().__init__(workers, spawn, _begin_worker, (initializer, initargs))
 
     def map(self, function, items, chunksize=4):
         """Yields `function(item)` in order. UserError if a worker process dies."""
         try:
-            yield from self.pool.map(function, list(items), chunksize=chunksize)
+            yield from super().map(function, items, chunksize=chunksize)
         except BrokenProcessPool:
             raise UserError("a worker process died (did the memory run out?): try fewer --workers") from None
 
-    def __enter__(self):
-        return self
-
     def __exit__(self, *_):
-        self.pool.shutdown(cancel_futures=True)
+        self.shutdown(cancel_futures=True)
 
 
 def _begin_worker(initializer, initargs):
     """A worker ends with its parent: left alone, it would wait for work for ever."""
-    parent = multiprocessing.parent_process().sentinel
-    wait = multiprocessing.connection.wait
+    parent, wait = multiprocessing.parent_process().sentinel, multiprocessing.connection.wait
     threading.Thread(target=lambda: (wait([parent]), os._exit(1)), daemon=True).start()
-    if initializer is not None:
+    if initializer:
         initializer(*initargs)
 
 
@@ -429,8 +398,8 @@ def keep_freed_memory():
 
 def per_second(call, seconds=1):
     """How many times a second `call()` can be made."""
-    start, n = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
+    start, passed, calls = time.perf_counter(), 0, 0
+    while passed < seconds:
         call()
-        n += 1
-    return n / (time.perf_counter() - start)
+        calls, passed = calls + 1, time.perf_counter() - start
+    return calls / passed

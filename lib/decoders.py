@@ -12,6 +12,7 @@ and only measures their distance. `TransposedConvDecoder` paints from the one to
 """
 
 import math
+from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
@@ -62,22 +63,12 @@ class ResBlock(nn.Module):
         return x + self.conv(x)
 
 
-class Upsample4(nn.Module):
-    """(B, i, h, w) -> (B, o, 4h, 4w)."""
-
-    def __init__(self, i, o, channel, n_res_block, n_res_channel):
-        super().__init__()
-        self.blocks = nn.Sequential(
-            nn.Conv2d(i, channel, 3, padding=1),
-            *(ResBlock(channel, n_res_channel) for _ in range(n_res_block)),
-            nn.ReLU(),
-            nn.ConvTranspose2d(channel, channel // 2, 4, stride=2, padding=1),
-            nn.ReLU(),
-            nn.ConvTranspose2d(channel // 2, o, 4, stride=2, padding=1),
-        )
-
-    def forward(self, x):
-        return self.blocks(x)
+def upsample4(i, o, channel, n_res_block, n_res_channel):
+    """A network that maps (B, i, h, w) to (B, o, 4h, 4w)."""
+    layers = [nn.Conv2d(i, channel, 3, padding=1), *(ResBlock(channel, n_res_channel) for _ in range(n_res_block))]
+    layers += [nn.ReLU(), nn.ConvTranspose2d(channel, channel // 2, 4, stride=2, padding=1)]
+    layers += [nn.ReLU(), nn.ConvTranspose2d(channel // 2, o, 4, stride=2, padding=1)]
+    return nn.Sequential(OrderedDict(blocks=nn.Sequential(*layers)))
 
 
 class VQVAEDecoder(nn.Module):
@@ -88,15 +79,16 @@ class VQVAEDecoder(nn.Module):
         super().__init__()
         self.img_size, self.quantize = img_size, quantize
         self.quantize_b = Quantize(dim, n_embed)  # the release has it in any case
-        self.upsample_b = Upsample4(dim, dim, channel, n_res_block, n_res_channel)
-        self.dec = Upsample4(dim, 3, channel, n_res_block, n_res_channel)
+        self.upsample_b = upsample4(dim, dim, channel, n_res_block, n_res_channel)
+        self.dec = upsample4(dim, 3, channel, n_res_block, n_res_channel)
 
     def forward(self, z):
         """Tokens (B, T, N, d) -> images (B, T, 3, H, W) in [-1, 1], and the mean squared distance to the codes."""
         side = math.isqrt(z.shape[2])
         x, distance = self.quantize_b(z) if self.quantize else (z, z.new_zeros(()))
         x = x.flatten(0, 1).unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (B * T, d, side, side)
-        return resize(self.dec(self.upsample_b(x)), self.img_size).unflatten(0, z.shape[:2]), distance
+        images = F.interpolate(self.dec(self.upsample_b(x)), (self.img_size, self.img_size), mode="bilinear")
+        return images.unflatten(0, z.shape[:2]), distance
 
 
 class TransposedConvDecoder(nn.Module):
@@ -119,14 +111,8 @@ class TransposedConvDecoder(nn.Module):
 
     def forward(self, z):
         """Tokens (B, T, 1, d) -> images (B, T, 3, H, W) in [-1, 1], and 0, since it has no codes."""
-        return resize(self.network(z.flatten(0, 2)), self.img_size).unflatten(0, z.shape[:2]), z.new_zeros(())
-
-
-def resize(images, size):
-    """(B, 3, h, w) -> (B, 3, size, size), bilinear."""
-    if images.shape[-2:] == (size, size):
-        return images
-    return F.interpolate(images, (size, size), mode="bilinear", align_corners=False)
+        images = F.interpolate(self.network(z.flatten(0, 2)), (self.img_size, self.img_size), mode="bilinear")
+        return images.unflatten(0, z.shape[:2]), z.new_zeros(())
 
 
 def build_decoder(num_patches, dim, **sizes):
@@ -138,13 +124,3 @@ def build_decoder(num_patches, dim, **sizes):
     if math.isqrt(num_patches) ** 2 != num_patches:
         raise UserError(f"--decoder needs a square grid of tokens, not {num_patches}")
     return VQVAEDecoder(dim, **sizes)
-
-
-def to_pixels(frames):
-    """Frames (B, T, H, W, 3) of 0 to 255 -> images (B, T, 3, H, W) in [-1, 1]."""
-    return frames.movedim(-1, -3) / 127.5 - 1
-
-
-def from_pixels(images):
-    """The inverse of `to_pixels`: images (B, T, 3, H, W), clipped to [-1, 1] -> uint8 frames (B, T, H, W, 3)."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()

@@ -1,9 +1,6 @@
-"""All that is drawn, and how good a picture is: films, strips, plots, grids of pictures; PSNR, SSIM and LPIPS.
-
-Every picture is made in memory and then written whole, so that a full disk leaves no half of one."""
+"""All that is drawn, and how good a picture is: films, strips, plots, grids of pictures; PSNR, SSIM and LPIPS."""
 
 import functools
-import io
 import math
 from pathlib import Path
 
@@ -30,10 +27,7 @@ def ssim(images, truth):
     """
     line = torch.exp(-((torch.arange(11.0, device=images.device) - 5) ** 2) / (2 * 1.5**2))
     window = (line[:, None] * line / line.sum() ** 2).expand(3, 1, 11, 11)
-
-    def mean(x):
-        return F.conv2d(x, window, padding=5, groups=3)
-
+    mean = functools.partial(F.conv2d, weight=window, padding=5, groups=3)
     m_x, m_y = mean(images), mean(truth)
     s_x, s_y, s_xy = mean(images**2) - m_x**2, mean(truth**2) - m_y**2, mean(images * truth) - m_x * m_y
     c_1, c_2 = 0.01**2, 0.03**2
@@ -61,13 +55,8 @@ def likeness(frames, truth):
     return scores
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Films and strips
-
-
 def beside(*panels):
-    """Joins films (T, H, W, 3) side by side into one, (T, H, W', 3). A panel (1, H, W, 3) is a picture that stands
-    still."""
+    """Joins films (T, H, W, 3) side by side into one, (T, H, W', 3). A single picture (1, H, W, 3) stands still."""
     length, gap = max(map(len, panels)), np.full((1, panels[0].shape[1], 2, 3), 255, np.uint8)
     panels = [part for panel in panels for part in (panel, gap)][:-1]
     return np.concatenate([np.broadcast_to(part, (length, *part.shape[1:])) for part in panels], axis=2)
@@ -86,8 +75,7 @@ def write_strips(path, *films):
     write_atomic(path, imageio.imwrite("<bytes>", np.concatenate(rows), extension=".png"))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Plots
+# ---- Plots ---------------------------------------------------------------------------------------
 
 
 def new_figure(figsize):
@@ -98,19 +86,14 @@ def new_figure(figsize):
 
 
 def save_figure(path, figure, dpi):
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
-    write_atomic(path, buffer.getvalue())
+    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=dpi))
 
 
 def write_plot(path, lines, bands=(), figsize=(5, 3.2), legend="best", **axes):
-    """Draws a line plot over a count, such as steps or epochs.
+    """Draws `lines` (x, y, matplotlib's style, label or None) over a count, such as steps or epochs.
 
-    Args:
-        lines: (x, y, style, label), with a style of matplotlib's such as "o-" or "C1:", and None for no label.
-        bands: (x, low, high); the first band has the colour of the first line, and so on.
-        legend: where it stands in the plot, or "outside" for the right of it.
-        axes: what `Axes.set` takes: xlabel, ylabel, yscale, ylim, title.
+    `bands` (x, low, high) have the colours of the lines in turn. `legend` is where it stands in the plot, or "outside"
+    for the right of it, and `axes` is what `Axes.set` takes: xlabel, ylabel, yscale, ylim, title.
     """
     figure = new_figure(figsize)
     plot = figure.subplots()
@@ -119,11 +102,10 @@ def write_plot(path, lines, bands=(), figsize=(5, 3.2), legend="best", **axes):
     for (x, low, high), curve in zip(bands, curves, strict=False):
         plot.fill_between(x, low, high, color=curve.get_color(), alpha=0.2, lw=0)
     plot.set(**axes)
-    if any(label for *_, label in lines):
-        if legend == "outside":
-            figure.legend(frameon=False, fontsize="small", loc="outside right upper")
-        else:
-            plot.legend(frameon=False, loc=legend)
+    if legend == "outside":
+        figure.legend(frameon=False, fontsize="small", loc="outside right upper")
+    else:
+        plot.legend(frameon=False, loc=legend)
     save_figure(path, figure, dpi=120)
 
 
@@ -132,10 +114,6 @@ def write_log_plot(path, log, x, styles, **axes):
     rows = {name: [row for row in log if name in row] for name in styles}
     lines = [([row[x] for row in rows[name]], [row[name] for row in rows[name]], styles[name], name) for name in styles]
     write_plot(path, lines, xlabel=x, **axes)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Grids of pictures
 
 
 def principal_colours(tokens):

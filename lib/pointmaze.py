@@ -36,11 +36,8 @@ class PointMaze(gym.Env):
 
     The state and the proprioception are (x, y, vx, vy) in metres and m/s. The action in [-1, 1]^2 is the force on the
     ball. The reward is exp(-distance to the goal), D4RL's dense one. It never terminates: the caller sets the length.
-
-    Args:
-        maze: `UMaze`, `Medium` or `Large`, the package's maps.
-        img_size: side of the square frames in pixels.
-        shift: one of SHIFTS, another appearance of the same world, or None.
+    `maze` is one of the package's maps, UMaze, Medium or Large; frames are square, with `img_size` pixels a side;
+    `shift`, one of SHIFTS, is another appearance of the same world.
     """
 
     DT, PHYSICS_STEPS, MAX_SPEED, BALL_RADIUS, REACHED = 0.01, 5, 5.0, 0.1, 0.5
@@ -135,32 +132,42 @@ class PointMaze(gym.Env):
     def render(self):
         """The frame (H, W, 3) uint8."""
         if self._renderer is None:
-            self._open_renderer()
+            self.open_renderer()
         self.mujoco.mj_kinematics(self.model, self.data)  # not mj_forward: rendering must not change what happens next
         self.mujoco.mj_camlight(self.model, self.data)
         self._renderer.update_scene(self.data, self._camera)
-        if self.shift == "distractor":
-            self._add_red_ball()
+        if self.shift == "distractor":  # a second, red ball at a random place
+            scene, position = self._renderer.scene, [*self.sample_state(self.shift_rng)[:2], 0.2]
+            sphere, red = self.mujoco.mjtGeom.mjGEOM_SPHERE, np.array([1, 0, 0, 1], np.float32)
+            size, upright = np.full(3, self.BALL_RADIUS), np.eye(3).ravel()
+            self.mujoco.mjv_initGeom(scene.geoms[scene.ngeom], sphere, size, position, upright, red)
+            scene.ngeom += 1
         frame = self._renderer.render()
-        if self.shift == "noise":
+        if self.shift == "noise":  # of 15 grey levels
             frame = (frame + self.shift_rng.normal(0, 15, frame.shape)).clip(0, 255).astype(np.uint8)
         return frame
 
-    def _open_renderer(self):
-        visual = self.model.vis
-        visual.global_.offwidth = visual.global_.offheight = self.img_size
+    def open_renderer(self):
+        """Opens the renderer, sets up the camera, and changes the appearance. The physics stays the same."""
+        model, mujoco = self.model, self.mujoco
+        model.vis.global_.offwidth = model.vis.global_.offheight = self.img_size
         try:
-            self._renderer = self.mujoco.Renderer(self.model, self.img_size, self.img_size)
+            self._renderer = mujoco.Renderer(model, self.img_size, self.img_size)
         except Exception as error:  # a missing library shows itself differently on every system
             raise UserError(
-                f"MuJoCo cannot render ({type(error).__name__}, MUJOCO_GL={os.environ.get('MUJOCO_GL')}): "
-                "install a GL library (Debian, Ubuntu: apt-get install libegl1 libgl1-mesa-dri), "
-                "or try MUJOCO_GL=osmesa with libosmesa6"
+                f"MuJoCo cannot render ({type(error).__name__}, MUJOCO_GL={os.environ.get('MUJOCO_GL')}): install a GL "
+                "library (apt-get install libegl1 libgl1-mesa-dri), or try MUJOCO_GL=osmesa with libosmesa6"
             ) from error
-        self._camera = self.mujoco.MjvCamera()
-        self._camera.azimuth, self._camera.elevation = 90, -90  # from straight above
-        self.aim(self._camera, self._renderer.scene)
-        self.apply_shift(self._camera)
+        self._camera = camera = mujoco.MjvCamera()
+        camera.azimuth, camera.elevation = 90, -90  # from straight above
+        self.aim(camera, self._renderer.scene)
+        if self.shift == "colours":
+            model.geom_rgba[model.geom_type == mujoco.mjtGeom.mjGEOM_BOX, :3] = 0.35, 0.6, 0.45  # walls
+            model.mat_rgba[model.geom_matid[0], :3] = 1.0, 0.75, 0.5  # floor
+        elif self.shift == "light":
+            model.vis.headlight.ambient[:], model.vis.headlight.diffuse[:] = 0.25, (0.7, 0.6, 0.4)  # dim and warm
+        elif self.shift == "camera":
+            camera.azimuth, camera.lookat[:2] = 93, (0.1, 0.1)  # turned by 3 degrees, moved by 0.1 m each way
 
     def aim(self, camera, scene):
         """An orthographic camera that sees the whole maze. Without shadows and haze a frame takes a third less time."""
@@ -170,29 +177,9 @@ class PointMaze(gym.Env):
         for flag in ("mjRND_SHADOW", "mjRND_REFLECTION", "mjRND_SKYBOX", "mjRND_HAZE"):
             scene.flags[getattr(self.mujoco.mjtRndFlag, flag)] = False
 
-    def apply_shift(self, camera):
-        """Changes how the world appears; the physics stays the same. Two shifts are new in every frame, in `render`:
-        "noise" of 15 grey levels, and "distractor", a second, red ball at a random place."""
-        model = self.model
-        if self.shift == "colours":
-            model.geom_rgba[model.geom_type == self.mujoco.mjtGeom.mjGEOM_BOX, :3] = 0.35, 0.6, 0.45  # walls
-            model.mat_rgba[model.geom_matid[0], :3] = 1.0, 0.75, 0.5  # floor
-        elif self.shift == "light":
-            model.vis.headlight.ambient[:], model.vis.headlight.diffuse[:] = 0.25, (0.7, 0.6, 0.4)  # dim and warm
-        elif self.shift == "camera":
-            camera.azimuth, camera.lookat[:2] = 93, (0.1, 0.1)  # turned by 3 degrees, moved by 0.1 m each way
-
-    def _add_red_ball(self):
-        scene, position = self._renderer.scene, np.array([*self.sample_state(self.shift_rng)[:2], 0.2])
-        size, red = np.full(3, self.BALL_RADIUS), np.array([1, 0, 0, 1], np.float32)
-        sphere, ball = self.mujoco.mjtGeom.mjGEOM_SPHERE, scene.geoms[scene.ngeom]
-        self.mujoco.mjv_initGeom(ball, sphere, size, position, np.eye(3).ravel(), red)
-        scene.ngeom += 1
-
     def close(self):
-        if self._renderer is not None:
+        if self._renderer:
             self._renderer.close()
-            self._renderer = None
 
 
 class PointMazeD4RL(PointMaze):
@@ -205,38 +192,30 @@ class PointMazeD4RL(PointMaze):
 
     MAP = "#####", "#   #", "### #", "#   #", "#####"
     MAX_START_SPEED = 5.2262554  # the range of D4RL's data
-    MJCF = """
-    <mujoco>
+    MJCF = """<mujoco>
       <compiler angle="radian" inertiafromgeom="true"/>
       <option timestep="{timestep}" gravity="0 0 0" iterations="20" integrator="Euler"/>
       <default>
-        <joint type="slide" damping="1" limited="false"/>
+        <joint type="slide" damping="1" limited="false"/> <motor ctrlrange="-1 1" ctrllimited="true" gear="100"/>
         <geom density="1000" margin="0.002" condim="1" friction="0.5 0.1 0.1" contype="2" conaffinity="1"/>
       </default>
       <visual>
         <headlight ambient="0.4 0.4 0.4" diffuse="0.8 0.8 0.8" specular="0.1 0.1 0.1"/>
-        <map znear="0.01"/>
-        <quality shadowsize="2048"/>
+        <map znear="0.01"/> <quality shadowsize="2048"/>
       </visual>
       <asset>
         <texture name="floor" type="2d" width="100" height="100" builtin="checker" rgb1=".2 .3 .4" rgb2=".1 .2 .3"/>
-        <material name="floor" texture="floor" texrepeat="20 20"/>
-        <material name="wall" rgba="0.7 0.5 0.3 1"/>
+        <material name="floor" texture="floor" texrepeat="20 20"/> <material name="wall" rgba="0.7 0.5 0.3 1"/>
       </asset>
       <worldbody>
         <geom type="plane" size="40 40 0.25" pos="0 0 -0.1" contype="1" conaffinity="0" material="floor"/>
         <body pos="1.2 1.2 0">
-          <geom type="sphere" size="{radius}" rgba="0 0 1 0" contype="1"/>
-          <site size="0.2" rgba="0.3 0.6 0.3 1"/>
-          <joint name="x" axis="1 0 0"/>
-          <joint name="y" axis="0 1 0"/>
+          <geom type="sphere" size="{radius}" rgba="0 0 1 0" contype="1"/> <site size="0.2" rgba="0.3 0.6 0.3 1"/>
+          <joint name="x" axis="1 0 0"/> <joint name="y" axis="0 1 0"/>
         </body>
         {walls}
       </worldbody>
-      <actuator>
-        <motor joint="x" ctrlrange="-1 1" ctrllimited="true" gear="100"/>
-        <motor joint="y" ctrlrange="-1 1" ctrllimited="true" gear="100"/>
-      </actuator>
+      <actuator> <motor joint="x"/> <motor joint="y"/> </actuator>
     </mujoco>"""
 
     def build(self, maze):

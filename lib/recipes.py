@@ -8,26 +8,19 @@ from lib import common
 from lib.common import UserError, names, positive
 
 # The paper's sizes (appendix A), with budgets for two CPU cores: an hour for takecover, one or two for carracing.
-# Those of pointmaze are not tuned.
-#   heads: what M predicts besides the next z. It predicts the reward, unlike the paper's M of CarRacing, so that the
-#   reward can be dreamt. cell: C sees the LSTM's cell state, too. restart: M is told when an episode begins.
-#   squash: how C's outputs become actions. policy: collects the first episodes. where: C is trained there.
-M = dict(n_mix=5, mixture="vector")
+# Those of pointmaze are not tuned. Unlike the paper's M of CarRacing ours predicts the reward, which the dream needs.
+# `restart` tells M when an episode begins, `cell` shows C the cell state, and `squash` turns C's outputs into actions.
 RECIPES = {
-    "takecover": M
-    | dict(action_dim=1, z_dim=64, hidden=512, cell=True, bias=False, restart=True, heads="done", squash="tanh")
-    | dict(policy="hold", max_steps=2100, episodes=2400, v_steps=5000, m_steps=6000, where="dream", tau=[3.0])
-    | dict(beta=0.1, popsize=64, trials=8, generations=25, score_trials=100),
-    "carracing": M
-    | dict(action_dim=3, z_dim=32, hidden=256, cell=False, bias=True, restart=False, heads="reward", squash="car")
-    | dict(policy="brownian", max_steps=1000, episodes=60, v_steps=3000, m_steps=1000, where="real", tau=[1.0])
-    | dict(beta=1.0, popsize=16, trials=2, generations=50, score_trials=16),
-    "pointmaze": M
-    | dict(action_dim=2, z_dim=32, hidden=256, cell=False, bias=True, restart=False, heads="reward", squash="tanh")
-    | dict(policy="hold", max_steps=100, episodes=300, v_steps=4000, m_steps=1000, where="dream", tau=[1.0])
-    | dict(beta=0.1, popsize=32, trials=8, generations=40, score_trials=100),
+    "takecover": dict(action_dim=1, squash="tanh", policy="hold", max_steps=2100, episodes=2400)
+    | dict(z_dim=64, v_steps=5000, beta=0.1, hidden=512, heads="done", restart=True, m_steps=6000)
+    | dict(cell=True, bias=False, where="dream", tau=[3.0], popsize=64, trials=8, generations=25, score_trials=100),
+    "carracing": dict(action_dim=3, squash="car", policy="brownian", max_steps=1000, episodes=60)
+    | dict(z_dim=32, v_steps=3000, beta=1.0, hidden=256, heads="reward", restart=False, m_steps=1000)
+    | dict(cell=False, bias=True, where="real", tau=[1.0], popsize=16, trials=2, generations=50, score_trials=16),
+    "pointmaze": dict(action_dim=2, squash="tanh", policy="hold", max_steps=100, episodes=300)
+    | dict(z_dim=32, v_steps=4000, beta=0.1, hidden=256, heads="reward", restart=False, m_steps=1000)
+    | dict(cell=False, bias=True, where="dream", tau=[1.0], popsize=32, trials=8, generations=40, score_trials=100),
 }
-
 SIZES = dict(z_dim=positive, hidden=positive, n_mix=positive)
 SIZES["mixture"] = lambda word: names(("vector", "dimension"))(word)[0]
 RUN_FLAGS = ("env", "seed", "max_steps", "episodes", "sizes", "v_steps", "beta", "m_steps", "lr")  # of V and M
@@ -39,7 +32,7 @@ def parse_args(argv, steps, description):
     add = parser.add_argument
     add("step", choices=steps, metavar="step", help=", ".join(steps))
     add("--env", default="takecover", choices=RECIPES, help="the world; its recipe has the defaults of most flags")
-    add("--out", type=Path, default=None, help="the run's folder (default: runs/worldmodels_ENV)")
+    add("--out", dest="run", type=Path, metavar="OUT", help="the run's folder (default: runs/worldmodels_ENV)")
     add("--seed", type=common.seed_number, default=0, help="the same seed gives the same run")
     add("--device", type=common.available_device, default=common.default_device(), help="where V, M and dreams compute")
     add("--workers", type=positive, default=os.cpu_count(), help="number of processes with a real environment")
@@ -61,9 +54,9 @@ def parse_args(argv, steps, description):
     add("--test-episodes", type=positive, default=100, help="real episodes, and as many dreams, for each C")
     add("--iterations", type=positive, default=3, help="rounds of `iterate`")
     given = parser.parse_args(argv)
-    args = argparse.Namespace(**RECIPES[given.env] | vars(given) | given.sizes, previous=None)
+    default = dict(run=Path(f"runs/worldmodels_{given.env}"), n_mix=5, mixture="vector", previous=None)
+    args = argparse.Namespace(**default | RECIPES[given.env] | vars(given) | given.sizes)
     args.sizes = ",".join(f"{name}={getattr(args, name)}" for name in SIZES)
-    args.run = args.out or Path(f"runs/worldmodels_{args.env}")
     if len({f"{tau:g}" for tau in args.tau}) < len(args.tau):
         raise UserError("a temperature stands twice in --tau")
     return args

@@ -18,7 +18,6 @@ import pickle
 import zipfile
 from collections import OrderedDict, defaultdict
 from functools import partial, reduce
-from operator import getitem
 from pathlib import Path
 
 import numpy as np
@@ -32,18 +31,15 @@ from lib.common import UserError
 from lib.weights import load_renamed, rename, vit_names
 from predictor import WorldModel
 
-# ---------------------------------------------------------------------------------------------------------
-# The data set
+# ---- The data set --------------------------------------------------------------------------------
 
 read_tensor = partial(common.load_tensors, kind=torch.Tensor, mmap=True)  # from a file
 
 
 class ReleasedDataset(Dataset):
-    """The unpacked folder `point_maze` as a `Dataset` without rewards, in which a row is one environment step.
-
+    """The unpacked folder `point_maze` as a `Dataset` without rewards, in which a row is one environment step. It holds
     states.pth (E, T, 4), actions.pth (E, T, 2), seq_lengths.pth (E,), and obses/episode_000.pth and so on, each
-    (T, H, W, 3) uint8. States and actions are in memory, and frames are read when they are indexed.
-    """
+    (T, H, W, 3) uint8. States and actions are kept in memory, and frames are read when they are indexed."""
 
     ARRAYS, SUFFIX = ("frames", "states", "actions"), ".pth"
 
@@ -68,12 +64,10 @@ class ReleasedDataset(Dataset):
     def split(self):
         """Episode numbers (train, validation). As in the release, 90 % of a shuffle by seed 42 are for training."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(42)).numpy()
-        cut = int(0.9 * len(self))
-        return np.sort(order[:cut]), np.sort(order[cut:])
+        return [np.sort(part) for part in np.split(order, [int(0.9 * len(self))])]
 
     def statistics(self, episodes=None):
-        """Mean and standard deviation, per dimension, of action and state. As in the release they are those of all
-        episodes, whatever `episodes` says, and the deviation divides by n - 1."""
+        """Means and deviations by dimension. As in the release they are of all episodes, and divide by n - 1."""
         values = {"action": torch.from_numpy(self.actions), "proprio": torch.from_numpy(self.states)}
         return {name: (v.mean(0).numpy(), v.std(0).numpy()) for name, v in values.items()}
 
@@ -81,19 +75,15 @@ class ReleasedDataset(Dataset):
 class EpisodeFrames:
     """The frames (S, H, W, 3) uint8 of all episodes, which have a file each. Only what is indexed is read."""
 
-    dtype = np.dtype(np.uint8)
-
     def __init__(self, folder, starts, ends):
         self.starts, self.ends = starts, ends
         self.files = [folder / f"episode_{i:03d}.pth" for i in range(len(ends))]
         shape = tuple(read_tensor(self.files[0]).shape[1:2]) * 2 + (3,)  # square, and in three colours
-        self.shape = (int(ends[-1]), *shape)
+        self.shape, self.dtype = (int(ends[-1]), *shape), np.dtype(np.uint8)
         for file, length in zip(self.files, ends - starts, strict=True):  # now, and not after hours of encoding
             frames = read_tensor(file)
-            if frames.dtype != torch.uint8 or frames.shape[1:] != shape or not frames.numel():
-                raise UserError(f"{file}: frames {tuple(frames.shape)} of {frames.dtype} are not {shape} of uint8 each")
-            if len(frames) < length:
-                raise UserError(f"{file}: {len(frames)} frames, where seq_lengths.pth says {length}")
+            if frames.dtype != torch.uint8 or frames.shape[1:] != shape or len(frames) < length:
+                raise UserError(f"{file}: {tuple(frames.shape)} of {frames.dtype}, not {length} uint8 frames {shape}")
 
     def __len__(self):
         return self.shape[0]
@@ -108,8 +98,7 @@ class EpisodeFrames:
         return frames
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The checkpoint, which is read without executing it
+# ---- The checkpoint, which is read without executing it ------------------------------------------
 
 SHELLS = ("models.", "dinov2.", "torch.nn.modules.", "torch.optim.", "torch.device", "accelerate.")
 
@@ -169,37 +158,28 @@ def state_dict(shell):
     return {name: tensor for name, tensor in own.items() if torch.is_tensor(tensor)}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The run
+# ---- The run -------------------------------------------------------------------------------------
 
-CHECKPOINT = Path("checkpoints", "model_latest.pth")
-ENCODER_NAMES = {"x_norm_patchtokens": "dinov2", "x_norm_clstoken": "dino_cls"}
-ENCODER_SIZES = {"dinov2_vits14": "small", "dinov2_vitb14": "base", "dinov2_vitl14": "large"}
-# Settings that have to be one of these, and settings that become arguments of WorldModel
-KNOWN = {"env.name": ["point_maze"], "encoder._target_": ["models.dino.DinoV2Encoder"], "num_pred": [1]}
-KNOWN |= {"encoder.name": [*ENCODER_SIZES], "encoder.feature_key": [*ENCODER_NAMES]}
+# What these settings may be, and for the encoder what it is called here
+KNOWN = {"env.name": ["point_maze"], "encoder._target_": ["models.dino.DinoV2Encoder"], "num_pred": ["1"]}
+KNOWN["encoder.feature_key"] = {"x_norm_patchtokens": "dinov2", "x_norm_clstoken": "dino_cls"}
+KNOWN["encoder.name"] = {"dinov2_vits14": "small", "dinov2_vitb14": "base", "dinov2_vitl14": "large"}
+# Settings that are arguments of WorldModel here
 SIZES = ["num_hist", "frameskip", "action_emb_dim", "concat_dim", "num_proprio_repeat", "num_action_repeat"]
 SIZES += ["predictor.depth", "predictor.heads", "predictor.mlp_dim", "predictor.dropout"]
 # From the release's names of tensors to ours
-NAMES = [
-    (r"^transformer\.layers\.(\d+)\.0\.to_out\.0\.", r"blocks.\1.0.to_out."),
-    (r"^transformer\.layers\.(\d+)\.1\.net\.", r"blocks.\1.1."),
-    (r"^transformer\.layers\.", "blocks."),
-    (r"^transformer\.norm\.", "norm."),
-    (r"^base_model\.|^patch_embed\.(?=weight|bias)", ""),
-]
+NAMES = [(r"^(transformer|base_model)\.|^patch_embed\.(?=weight|bias)", ""), (r"^layers\.", "blocks.")]
+NAMES += [(r"\.0\.to_out\.0\.", ".0.to_out."), (r"\.1\.net\.", ".1.")]
 
 
 def read_run(run):
-    """A released run's settings, which are the dictionary in its hydra.yaml, and its tensors by part, {"predictor":
-    {name: tensor}, ...}, under our names. The part "encoder" is there only if it was trained."""
-    path, checkpoint = Path(run) / "hydra.yaml", Path(run) / CHECKPOINT
-    if not path.is_file():
-        raise UserError(f"no hydra.yaml in {run}, where a released run has it beside checkpoints/")
+    """A released run's settings, which are the dictionary in its hydra.yaml; its tensors by part, {"predictor": {name:
+    tensor}, ...}, under our names; and their file. The part "encoder" is there only if it was trained."""
+    path, checkpoint = Path(run, "hydra.yaml"), Path(run, "checkpoints", "model_latest.pth")
     try:
         settings = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError):
-        raise UserError(f"{path} is damaged, or not YAML") from None
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        raise UserError(f"{path} is missing, damaged or not YAML; a released run has it beside checkpoints/") from None
     content, parts = read_pickle(checkpoint), {}
     for part in ("predictor", "proprio_encoder", "action_encoder", "decoder", "encoder"):
         try:
@@ -208,24 +188,23 @@ def read_run(run):
         except (KeyError, TypeError, AttributeError, RecursionError):
             if part not in ("decoder", "encoder"):
                 raise UserError(f"{checkpoint} does not hold a module '{part}'") from None
-    return settings, parts
+    return settings, parts, checkpoint
 
 
 def load_released_model(run, device="cpu", data=None, weights=None):
-    """The world model in the folder of a released run, in eval mode. Such a run lacks two things: its statistics, which
-    are those of the data set `data` (default: where its hydra.yaml has it), and its frozen encoder, for which `weights`
-    is what `build_encoder` takes."""
-    (settings, parts), checkpoint = read_run(run), Path(run) / CHECKPOINT
+    """The world model in the folder of a released run, in eval mode. The run lacks its statistics, which are those of
+    the data set `data` (default: where its hydra.yaml has it), and the `weights` of its frozen encoder."""
+    settings, parts, checkpoint = read_run(run)
 
     def get(name):  # settings["a"]["b"] for the name "a.b"
         try:
-            return reduce(getitem, name.split("."), settings)
+            return reduce(dict.__getitem__, name.split("."), settings)
         except (KeyError, TypeError):
             raise UserError(f"{run}/hydra.yaml has no {name}") from None
 
     for name, known in KNOWN.items():
-        if get(name) not in known:
-            raise UserError(f"{run}/hydra.yaml: {name} is {get(name)}, not {' or '.join(map(str, known))}")
+        if str(get(name)) not in known:
+            raise UserError(f"{run}/hydra.yaml: {name} is {get(name)}, not {' or '.join(known)}")
     folder, img_size = str(data or get("env.dataset.data_path")), get("img_size")
     if data is None and not Path(folder).exists():
         raise UserError(f"the data that {run} normalises by are not at {folder}: give --data, the folder point_maze")
@@ -233,9 +212,9 @@ def load_released_model(run, device="cpu", data=None, weights=None):
     stats = dataset.statistics(dataset.split()[0])
     if not get("env.dataset.normalize_action"):
         stats = {name: (np.zeros_like(mean), np.ones_like(std)) for name, (mean, std) in stats.items()}
-    encoder_name = f"{ENCODER_NAMES[get('encoder.feature_key')]}-{ENCODER_SIZES[get('encoder.name')]}"
+    kind, size = (KNOWN[name][get(name)] for name in ("encoder.feature_key", "encoder.name"))
     side = img_size // 16 * 14  # the encoder has a patch of 14 pixels for each 16 of the frame
-    encoder = build_encoder(encoder_name, side, "random" if "encoder" in parts else weights)
+    encoder = build_encoder(f"{kind}-{size}", side, "random" if "encoder" in parts else weights)
     if "encoder" in parts:
         load_renamed(encoder.vit, parts.pop("encoder"), partial(vit_names, encoder.vit), checkpoint)
     sizes = {name.removeprefix("predictor."): get(name) for name in SIZES}
@@ -249,21 +228,6 @@ def load_released_model(run, device="cpu", data=None, weights=None):
     return model.to(device).eval()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# The script
-
-
-def describe(run):
-    """Prints a released run's settings, and the shape, mean and standard deviation of each of its tensors."""
-    settings, parts = read_run(run)
-    print(yaml.safe_dump(settings, sort_keys=False))
-    print(f"{'tensor, by our name':44} {'shape':20} {'mean':>9} {'std':>9}")
-    for part, tensors in parts.items():
-        for name, tensor in tensors.items():
-            shape, values = tuple(tensor.shape), tensor.float()
-            print(f"{part + '.' + name:44} {str(shape):20} {values.mean():9.4f} {values.std(correction=0):9.4f}")
-
-
 def main():
     parser = common.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -272,9 +236,9 @@ def main():
     add("--data", help="data set that a run to convert normalises by (default: where its hydra.yaml has it)")
     add("--weights", help="pretrained weights for the encoder of a run to convert, which lacks them; as in train.py")
     args = parser.parse_args()
-    if args.convert and args.convert.exists():
-        raise UserError(f"{args.convert} is there: remove it, or choose another folder for --convert")
     if args.convert:
+        if args.convert.exists():
+            raise UserError(f"{args.convert} is there: remove it, or choose another folder for --convert")
         model = load_released_model(args.path, "cpu", args.data, args.weights)
         with common.partial(args.convert, folder=True) as folder:
             common.write_json(folder / "args.json", {"released": str(args.path)})
@@ -283,7 +247,11 @@ def main():
     elif (args.path / "obses").exists() or (args.path / "seq_lengths.pth").exists():
         inspect(ReleasedDataset(args.path))
     else:
-        describe(args.path)
+        settings, parts, _ = read_run(args.path)
+        print(yaml.safe_dump(settings, sort_keys=False))
+        print("The tensors by our names, with shape, mean and standard deviation:")
+        for name, x in [(f"{part}.{name}", x.float()) for part in parts for name, x in parts[part].items()]:
+            print(f"{name:44} {str(tuple(x.shape)):20} {x.mean():9.4f} {x.std(correction=0):9.4f}")
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ from torch import nn
 from lib.common import fit
 
 
-def spread(frames, count=500, size=50):
-    """At most `count` of the frames, evenly spread, in batches of `size`."""
-    frames = frames[:: -(-len(frames) // count)]
-    return (frames[i : i + size] for i in range(0, len(frames), size))
+def spread(see, frames):
+    """Yields the features of at most 500 of the frames, which are spread evenly, for 50 of them at a time."""
+    frames = frames[:: -(-len(frames) // 500)]
+    return (see(frames[i : i + 50])[1] for i in range(0, len(frames), 50))
 
 
 class DINOTok(nn.Module):
@@ -32,8 +32,7 @@ class DINOTok(nn.Module):
     Nothing is whitened: as the paper's global PCA intends, the leading components of a branch dominate every distance.
     Deviation: the paper trains its codebooks and a decoder on ImageNet, and has released neither code nor weights.
     Here the axes are exact, the codebooks are k-means centres, both are of our own frames, and nothing is decoded.
-    The shallow layer (after a third of the blocks), `dim` and the size of the codebooks are our choices.
-    """
+    The shallow layer (after a third of the blocks), `dim` and the size of the codebooks are our choices."""
 
     def __init__(self, dim_in, num_blocks, dim=64, codes=0):
         super().__init__()
@@ -42,11 +41,10 @@ class DINOTok(nn.Module):
         self.register_buffer("axes", torch.zeros(2, dim_in, dim // 2))  # V_b / s_b
         self.register_buffer("codebooks", torch.zeros(2, codes, dim // 2))
 
-    @torch.no_grad()
     def fit(self, see, frames, device, seed):
         """Computes the axes, and with `codes` the codebooks, from 500 of the uint8 frames (S, H, W, 3)."""
         self.to(device)
-        f = torch.cat([torch.stack(see(some)[1]).flatten(1, 2) for some in spread(frames)], dim=1)  # (2, S * N, d)
+        f = torch.cat([torch.stack(some).flatten(1, 2) for some in spread(see, frames)], dim=1)  # (2, S * N, d)
         self.mean.copy_(f.mean(1, keepdim=True))
         f -= self.mean
         variance, vectors = torch.linalg.eigh((f.mT @ f).double() / f.shape[1])  # in ascending order
@@ -57,7 +55,6 @@ class DINOTok(nn.Module):
                 codebook.copy_(kmeans(z, len(codebook), seed))
         return self
 
-    @torch.no_grad()
     def forward(self, features):
         z = (torch.stack(features).flatten(1, 2) - self.mean) @ self.axes  # (2, B * N, dim / 2)
         if self.codebooks.numel():
@@ -66,14 +63,13 @@ class DINOTok(nn.Module):
         return z.unflatten(1, features[0].shape[:2]).movedim(0, 2).flatten(2)  # (B, N, dim)
 
 
-def kmeans(x, k, seed, most=50_000):
+def kmeans(x, k, seed):
     """The centres (k, d) that k-means finds among x (n, d), of which it uses at most 50,000."""
     from scipy.cluster.vq import kmeans2  # here, since the import takes a third of a second
 
-    index = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
-    index = index.repeat(-(-k // len(x)))[:most]  # k-means begins at k of the points, so it needs as many
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "One of the clusters is empty")  # its centre stays where it was
+    index = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:50_000]
+    index = index.repeat(-(-k // len(index)))  # every centre begins at a point, and there may be fewer points
+    with warnings.catch_warnings(action="ignore"):  # the centre of an empty cluster stays where it was
         centres, _ = kmeans2(x[index.to(x.device)].cpu().numpy(), k, iter=20, minit="points", seed=seed)
     return torch.from_numpy(centres)
 
@@ -89,8 +85,7 @@ class VFMVAE(nn.Module):
     x^_s is the picture at a coarser scale. Layers, widths and the factors of L1, scales and KL are the release's
     (github.com/tianciB/VFM-VAE, f16d32), linear maps its `conv` variant. A token is the standardised posterior mean.
     Deviation: DINOv2 stands for SigLIP 2, and the decoder is a smaller one. The alignment with f_3 has a fixed factor
-    and no distance matrix. There is no equivariance term, LPIPS or discriminator, so the pictures are blurrier.
-    """
+    and no distance matrix. There is no equivariance term, LPIPS or discriminator, so the pictures are blurrier."""
 
     def __init__(self, dim_in, num_blocks, dim=32):
         super().__init__()
@@ -110,8 +105,8 @@ class VFMVAE(nn.Module):
         mu, logvar = self.posterior(features)
         z = mu + torch.exp(logvar / 2) * torch.randn(mu.shape, device=mu.device)
         side = math.isqrt(z.shape[1])
-        *coarse, recon = self.decoder(z.mT.unflatten(2, (side, side)))
-        error = [F.l1_loss(x, F.adaptive_avg_pool2d(images, x.shape[-2:])) for x in (*coarse, recon)]
+        pictures = self.decoder(z.mT.unflatten(2, (side, side)))
+        error = [F.l1_loss(x, F.adaptive_avg_pool2d(images, x.shape[-2:])) for x in pictures]
         kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum((1, 2)).mean()
         align = 1 - F.cosine_similarity(self.to_features(z), features[-1], dim=-1).mean()
         return {"loss": error[-1] + 0.1 * sum(error[:-1]) + 1e-6 * kl + 0.1 * align, "recon": error[-1]}
@@ -124,12 +119,11 @@ class VFMVAE(nn.Module):
 
         fit(self.to(device).requires_grad_(True), loss, steps, 1e-3, seed, "train VFM-VAE")
         self.requires_grad_(False)
-        mu = torch.cat([self.posterior(see(some)[1])[0] for some in spread(frames)]).flatten(0, 1)  # (S * N, dim)
+        mu = torch.cat([self.posterior(some)[0] for some in spread(see, frames)]).flatten(0, 1)  # (S * N, dim)
         self.mean.copy_(mu.mean(0))
         self.scale.copy_(mu.std(0) + 0.1 * mu.std(0).max())  # so that a number that hardly varies is not blown up
         return self
 
-    @torch.no_grad()
     def forward(self, features):
         return (self.posterior(features)[0] - self.mean) / self.scale  # (B, N, dim)
 
@@ -142,8 +136,7 @@ class FusionDecoder(nn.Module):
     def __init__(self, dim, widths=(128, 64, 32, 16)):
         super().__init__()
         self.fuse, self.blocks, self.to_rgb = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
-        for i, width in enumerate(widths):
-            below = widths[i - 1] if i else 0
+        for i, (below, width) in enumerate(zip((0, *widths), widths, strict=False)):
             self.fuse.append(nn.Sequential(nn.Conv2d(dim, width * 4**i, 3, padding=1), nn.PixelShuffle(2**i)))
             convs = nn.Conv2d(below + width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
             self.blocks.append(nn.Sequential(convs[0], nn.GELU(), convs[1], nn.GELU()))
@@ -152,9 +145,8 @@ class FusionDecoder(nn.Module):
     def forward(self, z):
         x, picture, pictures = None, 0.5, []
         for fuse, block, to_rgb in zip(self.fuse, self.blocks, self.to_rgb, strict=True):
-            if x is not None:
-                x, picture = (F.interpolate(t, scale_factor=2, mode="bilinear") for t in (x, picture))
-            x = block(fuse(z) if x is None else torch.cat([x, fuse(z)], 1))
-            picture = picture + to_rgb(x)
-            pictures.append(picture)
+            if pictures:
+                x, picture = (F.interpolate(t, scale_factor=2, mode="bilinear") for t in (x, pictures[-1]))
+            x = block(torch.cat([x, fuse(z)], 1) if pictures else fuse(z))
+            pictures.append(picture + to_rgb(x))
         return pictures

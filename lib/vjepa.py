@@ -20,10 +20,9 @@ MASKS = (8, 0.15, 0.5), (2, 0.7, 0.5)  # how many boxes hide a clip, their share
 
 
 def rotary_angles(position, head_dim, released=False):
-    """cos and sin (..., L, head_dim) of the angles that belong to positions (..., L, 3) in time, row and column.
-
-    A head is cut into three even sections, one each for time, row and column; the rest of it is not rotated. With
-    `released`, the two numbers of a pair turn by different angles: V-JEPA 2's weights were trained with this slip."""
+    """cos and sin (..., L, head_dim) of the angles that belong to positions (..., L, 3) in time, row and column. A head
+    is cut into three even sections, one for each of them, and the rest of it is not rotated. With `released`, the two
+    numbers of a pair turn by different angles: V-JEPA 2's weights were trained with this slip."""
     section = 2 * (head_dim // 3 // 2)
     omega = 10000.0 ** (-torch.arange(section // 2, device=position.device) / (section / 2))
     angle = position[..., None] * omega  # (..., L, 3, section / 2)
@@ -38,15 +37,12 @@ def rotate(x, cos, sin):
     return x * cos + turned * sin
 
 
-def attend(q, k, v, mask=None, past=None, ask=None, dropout=0.0):
-    """Attention of q, k, v (B, heads, L, head_dim), and all keys and values. `past`: those of the tokens before, which
-    the tokens here may all see; `ask`: only so many of the last tokens want an answer, and these may see all."""
+def attend(q, k, v, mask=None, past=None, dropout=0.0):
+    """Attention of the queries q to the keys k and the values v, each (B, heads, L, head_dim). If `past` is given, the
+    keys and values of earlier tokens, they come first. Returns all keys and values, too: the `past` of a next call."""
     if past is not None:
         k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-    if ask is not None:
-        q = q[:, :, -ask:]
-    mask = mask if past is None and ask is None else None
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout), (k, v)
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout), (k, v)
 
 
 class RotaryBlock(nn.Module):
@@ -59,11 +55,11 @@ class RotaryBlock(nn.Module):
         self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, mlp_dim), "fc2": nn.Linear(mlp_dim, width)})
 
-    def forward(self, x, cos, sin, mask=None, past=None, ask=None):
+    def forward(self, x, cos, sin, mask=None, past=None, first=0):
         qkv = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, head_dim)
-        y, kept = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask, past, ask)
-        x = (x if ask is None else x[:, -ask:]) + self.attn["proj"](y.transpose(1, 2).flatten(2))
+        y, kept = attend(rotate(q, cos, sin)[:, :, first:], rotate(k, cos, sin), v, mask, past)
+        x = x[:, first:] + self.attn["proj"](y.transpose(1, 2).flatten(2))
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))), kept
 
 
@@ -74,12 +70,11 @@ class RotaryTransformer(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(RotaryBlock(dim, heads, 4 * dim) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        place = torch.cartesian_prod(*(torch.arange(n) for n in grid))  # (T * side^2, 3)
-        for name, table in zip(("cos", "sin"), rotary_angles(place, dim // heads), strict=True):
-            self.register_buffer(name, table, persistent=False)
+        place = torch.cartesian_prod(*map(torch.arange, grid))  # (T * side^2, 3)
+        self.register_buffer("angles", torch.stack(rotary_angles(place, dim // heads)), persistent=False)
 
     def forward(self, x, index):
-        cos, sin = self.cos[index][:, None], self.sin[index][:, None]  # (B, 1, L, head_dim)
+        cos, sin = self.angles[:, index[:, None]]  # each (B, 1, L, head_dim)
         for block in self.blocks:
             x, _ = block(x, cos, sin)
         return self.norm(x)
@@ -96,8 +91,7 @@ class VideoViT(nn.Module):
 
     def forward(self, clips, keep=None):
         x = self.embed(clips.transpose(1, 2)).flatten(2).mT  # (B, L, dim)
-        if keep is None:
-            return self.transformer(x, torch.arange(x.shape[1], device=x.device)[None])
+        keep = torch.arange(x.shape[1], device=x.device)[None] if keep is None else keep
         return self.transformer(x.take_along_dim(keep[..., None], 1), keep)
 
 
@@ -111,34 +105,25 @@ class MaskedPredictor(nn.Module):
         self.transformer = RotaryTransformer(grid, width, depth, heads)
 
     def forward(self, tokens, context, target):
-        masked = self.mask_token.expand(*target.shape, -1)  # the attention's rotation adds the positions
-        x = torch.cat([self.embed(tokens), masked], 1)
+        x = torch.cat([self.embed(tokens), self.mask_token.expand(*target.shape, -1)], 1)  # rotation adds the places
         return self.proj(self.transformer(x, torch.cat([context, target], 1))[:, -target.shape[1] :])
 
 
 def block_masks(count, grid, blocks, area, duration):
     """Draws the places that the encoder sees, (count, L'), and those that are hidden, (count, M), for `count` clips.
 
-    A clip is a grid of (T, side, side) tokens, in which `blocks` boxes at random places hide what they cover. Each box
-    covers the share `area` of a frame and `duration` of the clip. As in the release, all boxes of a batch have one
-    shape, and every clip keeps as many seen and as many hidden places as the clip that has the fewest."""
+    In a clip's grid of (T, side, side) tokens, `blocks` boxes at random places hide what they cover, the share `area`
+    of a frame and `duration` of the clip. As in the release, all boxes of a batch have one shape, and every clip keeps
+    as many seen and as many hidden places as the clip that has the fewest."""
     T, side, _ = grid
-    place = torch.cartesian_prod(*(torch.arange(n) for n in grid))  # (T * side^2, 3)
+    place = torch.cartesian_prod(*map(torch.arange, grid))  # (T * side^2, 3)
     aspect = torch.empty(()).uniform_(0.75, 1.5)
     size = torch.stack([torch.tensor(duration * T), side * (area * aspect).sqrt(), side * (area / aspect).sqrt()])
     size = size.round().clamp(torch.ones(3), torch.tensor(grid))
     start = (torch.rand(count, blocks, 1, 3) * (torch.tensor(grid) - size + 1)).floor()
     hidden = ((place >= start) & (place < start + size)).all(-1).any(1)  # (count, T * side^2)
-    seen = (~hidden).sum(1).min()
     order = (hidden + torch.rand(hidden.shape)).argsort(1)  # the seen places come first; both kinds are shuffled
-    return order[:, :seen], order[:, len(place) - hidden.sum(1).min() :]
-
-
-@torch.no_grad()
-def follow(average, model, momentum):
-    """The exponential moving average: average <- momentum * average + (1 - momentum) * model."""
-    for a, b in zip(average.parameters(), model.parameters(), strict=True):
-        a.lerp_(b, 1 - momentum)
+    return order[:, : (~hidden).sum(1).min()], order[:, len(place) - hidden.sum(1).min() :]
 
 
 def pretrain(average, draw, grid, steps, momentum, seed=0, lr=1e-3):
@@ -147,9 +132,10 @@ def pretrain(average, draw, grid, steps, momentum, seed=0, lr=1e-3):
     predictor = MaskedPredictor(grid, dim, dim, depth=2, heads=2).to(average.embed.weight.device)
 
     def loss():
-        follow(average, encoder, momentum)
         clips = draw()
         with torch.no_grad():
+            for slow, fast in zip(average.parameters(), encoder.parameters(), strict=True):
+                slow.lerp_(fast, 1 - momentum)
             h = F.layer_norm(average(clips), (dim,))  # (B, L, d)
         error = 0.0
         for mask in MASKS:

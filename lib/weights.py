@@ -3,12 +3,14 @@ tensors get the names that the model here uses, and they are loaded only if they
 
 import math
 import re
-import urllib.error
-import urllib.request
 from pathlib import Path
 
+import huggingface_hub as hub
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from lib.common import DISK_ERRORS, UserError, check_finite, load_tensors
 
@@ -20,8 +22,13 @@ def load_weights(model, weights, repository, names):
         return
     if weights is None and repository is None:
         raise UserError("R3M's weights are on no hub: download model.pt as R3M's README says, and give --weights PATH")
-    files = weight_files(weights or repository)
-    load_renamed(model, {k: v for file in files for k, v in read_tensors(file).items()}, names, files[0])
+    state = {}
+    for path in weight_files(weights or repository):
+        try:  # neither executes a pickle
+            state |= load_file(path) if path.suffix == ".safetensors" else load_tensors(path)
+        except SafetensorError:
+            raise UserError(f"{path} is damaged, or is not a safetensors file") from None
+    load_renamed(model, state, names, path)
 
 
 def load_renamed(model, state, names, source):
@@ -30,8 +37,6 @@ def load_renamed(model, state, names, source):
     own = model.state_dict()
     try:
         state = names(state)
-        if "pos_embed" in own and "pos_embed" in state:
-            state["pos_embed"] = resample_positions(state["pos_embed"], own["pos_embed"].shape[1])
     except (AttributeError, TypeError, ValueError, RuntimeError):
         raise UserError(f"{source} does not hold the weights of a {type(model).__name__}") from None
     shapes = {k for k in own.keys() & state.keys() if own[k].shape != getattr(state[k], "shape", None)}
@@ -43,14 +48,10 @@ def load_renamed(model, state, names, source):
 
 
 def weight_files(source):
-    """The local files that `source` stands for: a file itself, the files in a folder, or a repository's file."""
+    """The local files that `source` stands for: itself, the safetensors of a folder, or those of a repository."""
     path = Path(source)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        if files := sorted(path.glob("model.safetensors")) or sorted(path.glob("model-*.safetensors")):
-            return files
-        raise UserError(f"there is no model.safetensors in the folder {path}")
+    if files := [path] if path.is_file() else sorted(path.glob("*.safetensors")):
+        return files
     if re.fullmatch(r"[\w-]+/[\w.-]+", str(source)) and path.suffix not in (".pth", ".pt", ".safetensors"):
         return [Path(download(str(source)))]
     raise UserError(f"no weights at {path}: --weights takes a file, a folder, a Hugging Face repository, or 'random'")
@@ -58,40 +59,21 @@ def weight_files(source):
 
 def download(repository):
     """The local path of the model.safetensors of a Hugging Face repository, from the cache or the network."""
-    import huggingface_hub as hub
-
-    filename = "model.safetensors"
+    file, advice = (repository, "model.safetensors"), "download model.safetensors elsewhere and give --weights PATH"
     try:
-        return hub.hf_hub_download(repository, filename, local_files_only=True)
-    except hub.errors.LocalEntryNotFoundError:
-        pass
-    except hub.errors.HFValidationError:
+        if isinstance(path := hub.try_to_load_from_cache(*file), str):
+            return path
+        hub.get_hf_file_metadata(hub.hf_hub_url(*file), timeout=10)  # a download without a network takes long to fail
+        return hub.hf_hub_download(*file)
+    except HFValidationError:
         raise UserError(f"{repository} is neither a file nor a folder, nor the name of a repository") from None
-    url, advice = hub.hf_hub_url(repository, filename), f"download {filename} elsewhere and give --weights PATH"
-    try:
-        headers = hub.utils.build_hf_headers()
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD", headers=headers), timeout=10)
-        return hub.hf_hub_download(repository, filename)
-    except urllib.error.HTTPError as error:
-        gated = "is gated, private or does not exist: accept its licence there and log in, or"
-        reason = gated if error.code in (401, 403) else f"answers {error.code}:"
-        raise UserError(f"{repository} {reason} {advice}") from None
-    except OSError as error:
-        if error.errno in DISK_ERRORS:
+    except HfHubHTTPError as error:
+        answer = f"{repository} answers {error.response.status_code}"
+        raise UserError(f"{answer}: if it is gated, accept its licence there and log in, or {advice}") from None
+    except Exception as error:  # its type depends on the version of huggingface_hub
+        if getattr(error, "errno", None) in DISK_ERRORS:
             raise
         raise UserError(f"the weights {repository} are not here, and no network reaches them: {advice}") from None
-
-
-def read_tensors(path):
-    """The dictionary of tensors in a .safetensors, .pth or .pt file. It never executes a pickle."""
-    if path.suffix != ".safetensors":
-        return load_tensors(path)
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except Exception:  # a damaged file can fail in any way
-        raise UserError(f"{path} is damaged, or is not a safetensors file") from None
 
 
 # DINOv2 and DINOv3, from transformers' names to the original ones
@@ -120,13 +102,10 @@ VJEPA2_RULES = [
 
 def rename(state, rules, drop="(?!)"):
     """Applies the regular expressions `rules` to every key, in order, and leaves out the keys that match `drop`."""
-    renamed = {}
-    for key, tensor in state.items():
-        if not re.search(drop, key):
-            for pattern, new in rules:
-                key = re.sub(pattern, new, key)
-            renamed[key] = tensor
-    return renamed
+    state = {key: tensor for key, tensor in state.items() if not re.search(drop, key)}
+    for pattern, new in rules:
+        state = {re.sub(pattern, new, key): tensor for key, tensor in state.items()}
+    return state
 
 
 def vit_names(vit, state):
@@ -136,24 +115,26 @@ def vit_names(vit, state):
     state = rename(state, VIT_RULES, drop=unused)
     dinov3, no_bias = "pos_embed" not in state, not any(re.search(r"\.attn\.q.*bias$", key) for key in state)
     for attn in (f"blocks.{i}.attn." for i in range(len(vit.blocks))):
+        if dinov3 and f"{attn}q.bias" in state:  # its keys have no bias: the original code multiplies it by zeros
+            state[f"{attn}k.bias"] = torch.zeros_like(state[f"{attn}q.bias"])
         for kind in ("weight", "bias"):
-            q, k, v = (state.pop(f"{attn}{part}.{kind}", None) for part in "qkv")
-            if dinov3 and kind == "bias" and q is not None:
-                k = torch.zeros_like(q)  # DINOv3's keys have no bias: the original code multiplies it by zeros
-            if all(part is not None for part in (q, k, v)):
-                state[f"{attn}qkv.{kind}"] = torch.cat([q, k, v])
+            parts = [f"{attn}{part}.{kind}" for part in "qkv"]
+            if state.keys() >= set(parts):
+                state[f"{attn}qkv.{kind}"] = torch.cat([state.pop(part) for part in parts])
         if dinov3 and no_bias:  # some of timm's files leave the biases out: they are zeros
             state[f"{attn}qkv.bias"] = torch.zeros(3 * vit.embed_dim)
         if dinov3 and f"{attn}qkv.bias" in state:
             state[f"{attn}q_bias"], _, state[f"{attn}v_bias"] = state.pop(f"{attn}qkv.bias").chunk(3)
-    return rename(state, [(r"^storage_tokens$", "reg_token"), (r"\.ls(\d)\.gamma$", r".gamma_\1")]) if dinov3 else state
+    if not dinov3:
+        return state | {"pos_embed": resample_positions(state["pos_embed"], vit)}
+    return rename(state, [(r"^storage_tokens$", "reg_token"), (r"\.ls(\d)\.gamma$", r".gamma_\1")])
 
 
-def resample_positions(positions, length):
-    """Resamples DINOv2's position embeddings (1, 1 + M^2, d) to (1, length, d), as its `interpolate_pos_encoding` does:
-    bicubic, without antialias, and with the offset of 0.1 with which its weights were tested."""
-    old, new = math.isqrt(positions.shape[1] - 1), math.isqrt(length - 1)
-    if positions.shape[1] == length or old**2 + 1 != positions.shape[1]:
+def resample_positions(positions, vit):
+    """Resamples DINOv2's position embeddings (1, 1 + M^2, d) to the number that `vit` has, as its own
+    `interpolate_pos_encoding` does: bicubic, without antialias, with the offset of 0.1 of its authors' tests."""
+    old, new = (math.isqrt(count - 1) for count in (positions.shape[1], vit.pos_embed.shape[1]))
+    if old == new:
         return positions
     grid = positions[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, d, M, M)
     grid = F.interpolate(grid.float(), scale_factor=(new + 0.1) / old, mode="bicubic")

@@ -5,6 +5,7 @@ arXiv:1803.10122). All are Gymnasium environments with the observation {"visual"
 float32}; a maze can also be put into a state (`set_state`, `sample_state`, `goal_reached`), so that one can plan in it.
 """
 
+import contextlib
 import math
 from functools import partial
 
@@ -69,8 +70,7 @@ class CarRacing(Screen):
         return pygame.surfarray.array3d(small).swapaxes(0, 1)
 
     def draw_road(self, surface, zoom, shift, angle):
-        """Draws field, grass and road. Polygons near the car are turned all at once, and those off screen are left
-        out."""
+        """Draws field, grass and road. The polygons are turned all at once, and those off screen are left out."""
         env, made = self.env.unwrapped, self.gymnasium
         if self.road is not env.road_poly:  # a new track
             self.road = env.road_poly
@@ -78,20 +78,12 @@ class CarRacing(Screen):
             field = made.PLAYFIELD * (2 * square - 1)
             grass = made.GRASS_DIM * (np.mgrid[-20:20:2, -20:20:2].reshape(2, -1).T[:, None] + square)  # (400, 4, 2)
             self.corners = np.concatenate([field[None], grass, [polygon for polygon, _ in self.road]])
-            self.centres = self.corners.mean(1)
             self.colours = [env.bg_color, *[env.grass_color] * len(grass), *(colour for _, colour in self.road)]
-        car, size = np.array(env.car.hull.position), np.array([made.WINDOW_W, made.WINDOW_H])
-        reach = np.hypot(*size) / zoom  # past the screen's farthest corner by more than half a polygon
-        near = (np.abs(self.centres - car) < reach).all(1)
-        near[0] = np.abs(car).max() + reach > made.PLAYFIELD  # is the field's edge in sight?
-        if not near[0]:
-            surface.fill(env.bg_color)
-        near = near.nonzero()[0]
-        (x, y), cos, sin = np.moveaxis(self.corners[near], -1, 0), np.cos(angle), np.sin(angle)
+        (x, y), cos, sin = np.moveaxis(self.corners, -1, 0), np.cos(angle), np.sin(angle)
         pixels = np.stack([x * cos - y * sin, x * sin + y * cos], -1) * zoom + shift  # (N, 4, 2)
-        seen = (pixels.max(1) >= -1) & (pixels.min(1) <= size + 1)
+        seen = (pixels.max(1) >= -1) & (pixels.min(1) <= np.array(surface.get_size()) + 1)
         for i in seen.all(1).nonzero()[0]:
-            corners, colour = pixels[i].tolist(), [int(c) for c in self.colours[near[i]]]  # tiles change theirs
+            corners, colour = pixels[i].tolist(), [int(c) for c in self.colours[i]]  # tiles change theirs
             made.gfxdraw.aapolygon(surface, corners, colour)
             made.gfxdraw.filled_polygon(surface, corners, colour)
 
@@ -115,7 +107,8 @@ class TakeCover(Screen):
     """ViZDoom's TakeCover, seen and steered as in World Models: the player has to survive the monsters' fireballs.
 
     The action is one number in [-1, 1]: below -1/3 the player moves left, above 1/3 right, and between them it stays.
-    A step, one tic of the game (1/35 s), is worth 1. An episode ends with death, or after 2,100 steps.
+    A step, one tic of the game (1/35 s), is worth 1. An episode ends with death, or after 2,100 steps. The state is
+    the player's health, 0 to 100.
     """
 
     def __init__(self, img_size=64):
@@ -126,21 +119,16 @@ class TakeCover(Screen):
         super().__init__(gym.make("VizdoomTakeCover-v1", max_episode_steps=2100), img_size, 400 / 480)  # as in its code
         self.action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
 
-    @property
-    def state(self):
-        """The player's health, 0 to 100."""
-        return self.health
-
     def reset(self, *, seed=None, options=None):
         observation, info = self.env.reset(seed=seed, options=options)
-        self.screen, self.health = observation["screen"], observation["gamevariables"]
+        self.screen, self.state = observation["screen"], observation["gamevariables"]
         return self.observe(), info
 
     def step(self, action, render=True):
         button = 2 if action[0] < -1 / 3 else 1 if action[0] > 1 / 3 else 0  # MOVE_LEFT, MOVE_RIGHT, none
         observation, reward, terminated, truncated, info = self.env.step(button)
         if not terminated:  # a dead player sees nothing: the last frame stays
-            self.screen, self.health = observation["screen"], observation["gamevariables"]
+            self.screen, self.state = observation["screen"], observation["gamevariables"]
         return (self.observe() if render else None), float(reward), terminated, truncated, info
 
 
@@ -151,8 +139,7 @@ class DreamEnv(gym.Env):
     render_mode = "rgb_array"
 
     def __init__(self, dream, vae):
-        self.dream, self.vae = dream, vae
-        self.state = dream.reset(1)[0].cpu().numpy()
+        self.dream, self.vae, self.state = dream, vae, dream.reset(1)[0].cpu().numpy()
         self.observation_space = observation_space(64, len(self.state))
         self.action_space = gym.spaces.Box(-1.0, 1.0, (dream.rnn.action_dim,), np.float32)
 
@@ -198,8 +185,7 @@ def make_env(name, img_size=64, shift=None):
     return ENVIRONMENTS[name](img_size=img_size, **{"shift": shift} if shift else {})
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Episodes
+# ---- Episodes ------------------------------------------------------------------------------------
 
 
 class RandomPolicy:
@@ -233,8 +219,7 @@ def rollout(env, obs, policy, steps, frameskip=1, patience=math.inf):
     environment steps. Frames between two rows are never rendered. The episode is cut short after `patience` rows
     without a reward above 0.
     """
-    rows = {name: [] for name in ("frames", "states", "actions", "rewards", "dones")}
-    in_vain = 0
+    rows, in_vain = [], 0
     for t in range(steps):
         seen, state, actions, earned = obs, np.float32(env.state), [], 0.0
         for i in range(frameskip):
@@ -244,16 +229,15 @@ def rollout(env, obs, policy, steps, frameskip=1, patience=math.inf):
             if done or truncated:
                 actions += actions[-1:] * (frameskip - len(actions))  # fills the row; nothing happens any more
                 break
-        row = seen["visual"], state, np.concatenate(actions), np.float32(earned), done
-        for name, value in zip(rows, row, strict=True):
-            rows[name].append(value)
+        rows.append((seen["visual"], state, np.concatenate(actions), np.float32(earned), done))
         in_vain = 0 if earned > 0 else in_vain + 1
         if done or truncated or in_vain >= patience:
             break
-    return {name: np.stack(values) for name, values in rows.items()}
+    names = "frames", "states", "actions", "rewards", "dones"
+    return {name: np.stack(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
 
 
-class EpisodePool:
+class EpisodePool(contextlib.ExitStack):
     """A pool of processes, each with an environment of its own, that play episodes.
 
     A job is {"who", "seed", "steps"} and, if wanted, {"frameskip", "patience"} for `rollout`. `who` is the kind of a
@@ -262,7 +246,8 @@ class EpisodePool:
 
     def __init__(self, workers, env, img_size, make_policies=None, *args):
         make_env(env, img_size).close()  # an unknown name or a missing package fails here, in one line
-        self.workers = Workers(workers, _begin_worker, (env, img_size, make_policies, *args))
+        super().__init__()
+        self.workers = self.enter_context(Workers(workers, _begin_worker, (env, img_size, make_policies, *args)))
 
     def map(self, jobs):
         """Yields the episodes in order."""
@@ -271,12 +256,6 @@ class EpisodePool:
     def returns(self, jobs):
         """Yields the cumulative rewards of the episodes, in order."""
         return self.workers.map(_return_of, jobs, chunksize=1)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.workers.__exit__(*error)
 
 
 def _begin_worker(env, img_size, make_policies, *args):
