@@ -6,7 +6,7 @@ A data set is a folder of flat arrays with one row per *model step*, which is `f
     states   (S, P) float32         the true state at the row; in PointMaze it is also the proprioception
     actions  (S, frameskip*DoF)     the environment actions taken from this row on, concatenated
     rewards  (S,), dones (S,)       what these actions earned, and whether they ended the episode
-    episode_ends (E,)               the row behind the last one of each episode
+    episode_ends (E,)               the row after the last one of each episode
     meta.json                       environment, seed, policy, image size, frameskip, version
 
 Frames between two rows are never rendered: with `frameskip=5` that makes collection five times as fast. The worlds
@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from lib import common
 from lib.common import NpyWriter, Parser, UserError, positive, to_tensor
+from lib.pictures import write_strips
 from lib.worlds import ENVIRONMENTS, EpisodePool
 
 VERSION = 1  # of the format on disk
@@ -47,7 +48,7 @@ def collect(out, env, episodes, steps, frameskip, img_size, seed=0, workers=None
 
 
 def write_dataset(out, episodes, total, meta):
-    """Writes episodes (dicts of arrays with one row per model step) as they come into the folder `out`.
+    """Writes episodes, dictionaries of arrays with one row per model step, into the folder `out` as they come.
 
     The folder gets its name when it is whole: a killed run or a full disk leaves no half data set.
     """
@@ -101,7 +102,7 @@ class Dataset:
         self.check()
 
     def check(self):
-        """Nothing that a folder says is believed: UserError unless its parts fit each other and are finite."""
+        """Raises a UserError unless the parts of the folder fit each other and are finite."""
         ends, rows, meta = self.episode_ends, len(self.states), self.meta
         sizes = [meta.get(name) for name in ("img_size", "frameskip")]
         known = isinstance(meta.get("env"), str) and all(isinstance(size, int) and size > 0 for size in sizes)
@@ -181,7 +182,7 @@ class Windows:
 
     def batch(self, indices, tokens, frames=0):
         """Windows `indices` as arrays: visual (B, T, N, d) out of `tokens` (S, N, d), proprio (B, T, P), and action
-        (B, T, frameskip*DoF). With `frames` also the last so many frames (B, frames, H, W, 3)."""
+        (B, T, frameskip*DoF). If `frames` is above 0, also the last `frames` frames (B, frames, H, W, 3)."""
         first = self.starts[indices]
         rows = first[:, None] + self.stride * np.arange(self.num_frames)  # (B, T)
         every = first[:, None] + np.arange(self.stride * self.num_frames)
@@ -221,8 +222,6 @@ def token_cache(encoder, dataset, device, batch_size=256):
 
 def inspect(dataset):
     """Prints shapes and statistics, and draws eight episodes into `contact_sheet.png`."""
-    from lib.pictures import write_strips
-
     print("  ".join(f"{key} {value}" for key, value in dataset.meta.items()))
     lengths = dataset.episode_ends - dataset.episode_starts
     print(f"{len(dataset)} episodes of {lengths.min()} to {lengths.max()} rows (mean {lengths.mean():.1f})\n")

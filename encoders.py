@@ -1,12 +1,12 @@
 """The frozen encoders of the world model: an image becomes N tokens of d numbers. One interface, one builder.
 
     encoder = build_encoder(name, img_size, weights)      .name, .num_patches (N), .dim (d), .img_size
-    encoder.fit(frames (S, H, W, 3) uint8, seed)          for those that learn, from clips of .clip_frames in a row
+    encoder.fit(frames (S, H, W, 3) uint8, seed)          only some have it; frames: clips of .clip_frames each
     encoder(images (B, 3, h, w) in [0, 1]) -> (B, N, d)   resizes and normalises inside; never trains
 
-Some learn from our own frames, some are pretrained, some are pretrained and then learn; ENCODERS lists them all.
+Some learn from our own frames, some are pretrained, and some do both. ENCODERS lists them all.
 Every image is resized whole (bilinear, antialias) and never cropped, because the border of a frame is part of the
-world. The pretrained encoders see pixels normalised as ImageNet's; `dinov2` and `dino_cls` use DINO-WM's 0.5 instead.
+world. Pretrained encoders normalise pixels by ImageNet's statistics; `dinov2` and `dino_cls` use DINO-WM's 0.5.
 
 To add an encoder, write a class with `forward` (and `fit`, if it learns) and give it a line in ENCODERS.
 
@@ -38,11 +38,10 @@ DINO_WM = dict(mean=(0.5,) * 3, std=(0.5,) * 3)  # DINO-WM's own choice for DINO
 
 
 class FrozenEncoder(nn.Module):
-    """What all encoders share: a name, an image size, N tokens of d numbers. It has no gradient, and it stays in
-    eval mode whatever `train()` says. Without a `patch` size N is one; with it there is one token a patch."""
+    """What all encoders share: a name, an image size, N tokens of d numbers. An encoder has no gradient, and it stays
+    in eval mode whatever `train()` says. It gives one token for each patch, or a single one if `patch` is None."""
 
-    clip_frames = 1  # how many consecutive frames make a clip, for those whose `fit` learns from motion
-    damping = 0.1  # of `standardise`
+    clip_frames = 1  # how many consecutive frames `fit` takes as one clip
 
     def __init__(self, name, img_size, dim, patch=None):
         super().__init__()
@@ -66,19 +65,19 @@ class FrozenEncoder(nn.Module):
         return TF.resize(images, [self.img_size, self.img_size], antialias=True)
 
     def normalise(self, images, mean, std):
-        """What a pretrained backbone sees: pixels that are normalised, then resized (DINO-WM's order), (B, 3, s, s)."""
+        """Normalises the pixels, then resizes the images, which is DINO-WM's order: (B, 3, h, w) -> (B, 3, s, s)."""
         return self.resize(TF.normalize(images, mean, std))
 
     def filtered(self, images):
-        """L x L^T of images (B, 3, h, w) -> (B, 3, grid, grid), where L is the buffer `lowpass`."""
+        """Images x (B, 3, h, w) -> L x L^T (B, 3, grid, grid), where L is the buffer `lowpass`."""
         return self.lowpass @ self.resize(images) @ self.lowpass.T
 
-    def standardise(self, latents):
+    def standardise(self, latents, damping=0.1):
         """Sets the buffers `mean` and `scale` from latents (S, ...): scale_i = s_i + damping * max s. Without the
         damping, a number that hardly varies would be blown up."""
         std = latents.std(0)
         self.mean.copy_(latents.mean(0))
-        self.scale.copy_(std + self.damping * std.max())
+        self.scale.copy_(std + damping * std.max())
 
 
 @torch.no_grad()
@@ -98,7 +97,7 @@ def gaussian_lowpass(samples, pixels, sigma):
 
 
 class PCAEncoder(FrozenEncoder):
-    """Low-pass filtered frames on their first principal components: the eigenfaces of world models.
+    """Low-pass filtered frames are projected on their first principal components, as faces are on eigenfaces.
 
         y = L x L^T                              L: Gaussian low-pass and subsampling, one matrix
         token_i = v_i . (y - mean) / (s_i + c s_1)         v_i, s_i: principal axis, its standard deviation; c: damping
@@ -115,10 +114,9 @@ class PCAEncoder(FrozenEncoder):
         self.register_buffer("axes", torch.zeros(3 * grid**2, dim))  # v_i / (s_i + c s_1)
 
     def fit(self, frames, seed=0):
-        """The axes are exact: the eigenvectors of the covariance."""
         y = see_all(self.filtered, frames, self.mean.device).flatten(1)  # (S, 3 * grid^2)
         self.mean.copy_(y.mean(0))
-        variance, vectors = torch.linalg.eigh(torch.cov(y.T.double()))  # ascending
+        variance, vectors = torch.linalg.eigh(torch.cov(y.T.double()))  # in ascending order
         std = variance.clamp(min=0).sqrt().flip(0)[: self.dim]
         self.axes.copy_(vectors.flip(1)[:, : self.dim] / (std + self.damping * std[0]))
         return self
@@ -128,7 +126,7 @@ class PCAEncoder(FrozenEncoder):
 
 
 class SpatialVAE(VAE):
-    """V without its two linear layers: a 4x4 map of latents instead of one vector, with z_dim numbers at each place."""
+    """V without its linear layers. Its latent is not one vector but a 4x4 map, with z_dim numbers at each place."""
 
     def __init__(self, z_dim=16):
         super().__init__(z_dim)
@@ -151,18 +149,17 @@ class VAEEncoder(FrozenEncoder):
         x' = 1/2 + gain * L (x - mean frame) L^T        what V sees and reconstructs, in [0, 1]
         token_i = (mu_i(x') - m_i) / (s_i + c max s)    m_i, s_i: mean and standard deviation of mu_i
 
-    What V lacks on the plain frames, and what is done about it:
-    - The ball is 2 % of the pixels, and V paints the background first: x' is without it, at full contrast.
-    - With the KL term at full weight, saying where the ball is costs more nats than the frame gains: beta.
-    - Dimensions that collapse even so are noise, which a division by their tiny deviation would blow up: c.
-    - A sharp ball's latent says that two places differ, not how far apart they are; L makes neighbours overlap."""
+    On the plain frames V would fail in four ways:
+    - The ball is 2 % of the pixels, and V paints the background first. So x' has no background, and full contrast.
+    - At full weight, the KL term charges more for the ball's place than the frame gains. So its factor beta is small.
+    - Some dimensions collapse even so, and dividing by their tiny deviation would blow up noise. This is what c is for.
+    - The latent of a sharp ball says that two places differ, not how far apart they are. L makes neighbours overlap."""
 
-    def __init__(self, name, img_size=64, spatial=False, sigma=0.1, beta=0.01):
+    def __init__(self, name, img_size=64, spatial=False, sigma=0.1):
         if img_size != 64:
             raise UserError(f"--encoder {name} sees 64 px, as the paper's V, not {img_size}")
         super().__init__(name, img_size, dim=16 if spatial else 32, patch=16 if spatial else None)
         self.vae = SpatialVAE(self.dim) if spatial else VAE(self.dim)
-        self.beta = beta
         self.register_buffer("lowpass", gaussian_lowpass(64, 64, sigma))
         self.register_buffer("background", torch.zeros(3, 64, 64))
         self.register_buffer("gain", torch.ones(()))
@@ -170,13 +167,12 @@ class VAEEncoder(FrozenEncoder):
         self.register_buffer("scale", torch.ones(self.num_patches * self.dim))
 
     def contrast(self, images):
-        """x' (B, 3, 64, 64) of images (B, 3, h, w)."""
-        return (0.5 + self.gain * (self.filtered(images) - self.background)).clamp(0, 1)
+        return (0.5 + self.gain * (self.filtered(images) - self.background)).clamp(0, 1)  # x' (B, 3, 64, 64)
 
     def posterior_mean(self, images):
         return self.vae.encode(self.contrast(images))[0]  # (B, d * N)
 
-    def fit(self, frames, seed=0, steps=2000):
+    def fit(self, frames, seed=0, steps=2000, beta=0.01):
         device = self.mean.device
         sample = see_all(self.filtered, frames[:: max(1, len(frames) // 4000)], device)
         if (sample == sample[0]).all():
@@ -184,7 +180,7 @@ class VAEEncoder(FrozenEncoder):
         self.background.copy_(sample.mean(0))
         self.gain.copy_(0.5 / (sample - self.background).abs().amax())
         self.vae.requires_grad_(True)
-        train_vae(self.vae, frames, steps, beta=self.beta, kl_tolerance=0, seed=seed, transform=self.contrast)
+        train_vae(self.vae, frames, steps, beta=beta, kl_tolerance=0, seed=seed, transform=self.contrast)
         self.freeze()
         self.standardise(see_all(self.posterior_mean, frames, device))
         return self
@@ -197,12 +193,13 @@ class VAEEncoder(FrozenEncoder):
 class VJEPATinyEncoder(FrozenEncoder):
     """V-JEPA 2's pretraining (lib/vjepa.py) on our own clips, small.
 
-        token = LN(E'([x, x]))          as in `vjepa2`: a frame twice makes a clip of one tubelet
+        token = LN(E'([x, x]))          as in `vjepa2`, a frame is doubled to make a clip of one tubelet
 
     Deviations from the release:
-    - Each pixel is standardised over the frames: the ball is 2 % of them, and the tokens collapse towards the rest.
-    - Blocks hide half of the clip, not all of it: nobody can say where a ball is that is hidden throughout.
-    - 1,500 steps of 16 clips, hence a faster average (0.998, not 0.99925); no weight decay, no augmentation."""
+    - Each pixel is standardised over the frames. The ball covers 2 % of them, and otherwise the tokens would collapse.
+    - A block hides half of the clip, not all of it, because nobody can place a ball that is hidden throughout.
+    - There are 1,500 steps of 16 clips, so the average is faster (0.998, not 0.99925). There is no weight decay and no
+      augmentation."""
 
     clip_frames = 8
 
@@ -218,7 +215,7 @@ class VJEPATinyEncoder(FrozenEncoder):
         return (self.resize(images) - self.mean) / self.scale
 
     def fit(self, frames, seed=0, steps=1500, batch_size=16, momentum=0.998):
-        """Every `clip_frames` in a row are a clip. UserError if the tokens collapse."""
+        """Learns from clips of `clip_frames` consecutive frames. UserError if the tokens collapse."""
         device, T = self.mean.device, self.clip_frames
         sample = frames[:: max(1, len(frames) // 4000)]
         self.standardise(see_all(self.resize, sample, device))
@@ -252,7 +249,7 @@ def collapse_measures(tokens):
 
 
 class PatchEncoder(FrozenEncoder):
-    """Raw pixels in patches through a fixed random projection: does pretraining matter at all?
+    """Patches of raw pixels through a fixed random projection. They show whether pretraining matters at all.
 
         token = P (x - m) / s        x: a 16x16 patch in [0, 1]; P (d, 768): normal, variance 1/d
                                      m: its mean over the frames; s, one number, makes the tokens' variance 1
@@ -305,8 +302,7 @@ class ViTEncoder(FrozenEncoder):
         # timm has DINOv3 with and without biases of q, k, v. Only with them does every original checkpoint fit.
         self.vit = timm.create_model(model.replace("dinov3.", "dinov3_qkvb."), img_size=img_size, num_classes=0)
         self.pixels, self.cls, self.repository = pixels, cls, f"timm/{model}"
-        if cls:
-            self.num_patches = 1
+        self.num_patches = 1 if cls else self.num_patches
         load_weights(self.vit, weights, self.repository, partial(vit_names, self.vit))
 
     def forward(self, images):
@@ -350,9 +346,9 @@ class VJEPA2Encoder(FrozenEncoder):
 
 
 class ResNetEncoder(FrozenEncoder):
-    """A ResNet-18: the mean of its last map is the one token, or the map's places are the tokens. The weights
-    are ImageNet's (He et al., 2016; torchvision's, as in DINO-WM) or R3M's (Nair et al., 2022, arXiv:2203.12601). R3M's
-    authors crop 224 of 256 px; here, as in DINO-WM, the whole image is 224 px."""
+    """A ResNet-18. Its one token is the mean of its last map; if `spatial`, each place of the map is a token. The
+    weights are ImageNet's (He et al., 2016; torchvision's, as in DINO-WM) or R3M's (Nair et al., 2022,
+    arXiv:2203.12601). R3M's authors crop 224 of 256 px; here, as in DINO-WM, the whole image is 224 px."""
 
     def __init__(self, name, img_size, size, weights, repository="timm/resnet18.tv_in1k", spatial=False):
         super().__init__(name, img_size, 512, patch=32 if spatial else None)
@@ -394,7 +390,7 @@ class Entry(NamedTuple):
     """How an encoder is built, and what its weights are."""
 
     build: Callable  # (name, img_size, size, weights) -> encoder
-    img_size: int  # its own, if none is asked for
+    img_size: int  # the default
     sizes: dict = {}  # the names of its sizes; the first is the default
     licence: str | None = None  # of its pretrained weights, if it has any
 
@@ -407,7 +403,6 @@ ENCODERS = {
     "patches": Entry(lambda name, img_size, *_: PatchEncoder(img_size), 64),
     "state": Entry(lambda *_: StateEncoder(), 64),
     "dinov2": Entry(partial(ViTEncoder, model=DINOV2, pixels=DINO_WM), 196, SIZES, "Apache-2.0"),
-    # DINOv2 with its authors' own normalisation, against DINO-WM's above
     "dinov2_imagenet": Entry(partial(ViTEncoder, model=DINOV2, pixels=IMAGENET), 196, SIZES, "Apache-2.0"),
     "dino_cls": Entry(partial(ViTEncoder, model=DINOV2, pixels=DINO_WM, cls=True), 196, SIZES, "Apache-2.0"),
     "dinov3": Entry(partial(ViTEncoder, model=DINOV3, pixels=IMAGENET), 224, SIZES, "DINOv3 licence"),
@@ -424,8 +419,8 @@ ENCODERS = {
 def build_encoder(name, img_size=None, weights=None):
     """The frozen encoder called `name`, or `name-size`, e.g. `dinov2-base`.
 
-    It resizes images to the side `img_size` (default: its own). `weights` is None for the pretrained ones, "random" for
-    none, or what `load_weights` takes. UserError for what is unknown, not there, or does not fit."""
+    It resizes images to the side `img_size` (default: its own). `weights` is what `load_weights` takes: None for the
+    released ones, "random", a file, a folder or a repository. UserError if there is no such encoder, size or file."""
     base, _, size = name.partition("-")
     if base not in ENCODERS:
         raise UserError(f"unknown encoder '{base}'; known: {', '.join(ENCODERS)}")
@@ -450,13 +445,13 @@ def main():
         encoder, licence = build_encoder(name, weights="random"), ENCODERS[name].licence
         images = torch.rand(args.batch_size, 3, encoder.img_size, encoder.img_size)
         rate = args.batch_size * per_second(partial(encoder, images))
-        size = sum(p.numel() for p in encoder.parameters()) / 1e6
+        millions = sum(p.numel() for p in encoder.parameters()) / 1e6
         weights = "fitted on collected frames"
         if licence:
             here = encoder.repository and hub.try_to_load_from_cache(encoder.repository, "model.safetensors")
             weights = f"{encoder.repository or '--weights FILE'} ({licence}, {'' if here else 'not '}here)"
         shape = f"{encoder.img_size:5} {encoder.num_patches:6} {encoder.dim:5}"
-        print(f"{name:15} {shape} {size:8.2f} {rate:8.3g}  {weights}")
+        print(f"{name:15} {shape} {millions:8.2f} {rate:8.3g}  {weights}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Put a trained world model into its world, plan to goal images, and report success as a function of budget.
 
-Every problem is a start and a goal frame. A planner of cem.py searches the action sequence whose imagined latents are
-closest to the goal's (DINO-WM, arXiv:2411.04983, section 3.3; alpha, and "all", as in the released code):
+Every problem is a start and a goal frame. A planner of cem.py looks for the actions whose imagined latents are closest
+to the goal's (DINO-WM, arXiv:2411.04983, section 3.3; alpha, and "all", as in the released code):
 
     J_t(a) = ||z^_t - z_g||^2 + alpha ||p^_t - p_g||^2        (means over tokens and dimensions)
     J(a) = J_T(a)  "last",    or    mean_t w_t J_t(a),  w_t = base^t / sum_s base^s,  t = 0 .. T  "all"
@@ -18,8 +18,8 @@ whole plan; the paper, and a checkpoint of `--variant paper`, has a history of f
     python plan.py --goal-source goals.json                    # problems that --save-targets goals.json wrote
     python plan.py --num-samples 400 --topk 10 --planner-args momentum=0.15,maxnorm=1   # CEM as V-JEPA 2-AC has it
 
-Writes plan_outputs/NAME/: results.json, success.png, and GIFs of a few problems: start, what happened, goal. If the run
-has a decoder, they also show what was imagined. Several planners get a folder each, and table.md.
+Writes plan_outputs/NAME/: table.md, results.json, success.png, and GIFs of a few problems: start, what happened, goal.
+If the run has a decoder, they also show what was imagined. Several planners get a folder each, and share the table.
 """
 
 import argparse
@@ -226,7 +226,7 @@ class Worlds:
         return self.env.goal_reached(self.states[problems], self.goals[problems])
 
     def film(self):
-        """A frame that nobody plans with. It draws no random number of the frames that are planned with."""
+        """A frame that nobody plans with. It takes no random number away from the frames that are planned with."""
         rng, self.env.shift_rng = self.env.shift_rng, self.film_rng
         frame, self.env.shift_rng = self.env.render(), rng
         return frame
@@ -323,20 +323,11 @@ def run(model, env, starts, goals, args, device, out):
     axes = dict(title=f"{n} goals", xlabel="MPC iterations", ylabel="success rate", ylim=(0, 1.02))
     bands = [(k, *np.transpose(results["interval"]))]
     pictures.write_plot(out / "success.png", lines, bands, legend="lower right", **axes)
-    print_table(results)
-    print(f"\n{seconds:.0f} s of planning and acting; {out}/ holds results.json, success.png and the GIFs")
-    return results
-
-
-def print_table(results):
-    columns = {"model": results["success_by_iter"], **results["controls"]}
-    print(f"\nsuccess over {results['n_evals']} problems within k MPC iterations (95 % interval of the model's)")
-    print("k".rjust(3) + "".join(name.rjust(8) for name in columns))
-    for k, (low, high) in enumerate(results["interval"]):
-        print(f"{k + 1:3}" + "".join(f"{rates[k]:8.2f}" for rates in columns.values()) + f"   [{low:.2f}, {high:.2f}]")
     if results["imagination"]:
         scores = ", ".join(f"{name.upper()} {value:.3f}" for name, value in results["imagination"].items())
         print(f"imagined against real frames: {scores}")
+    print(f"{seconds:.0f} s for {n} problems; {out}/ holds results.json, success.png and the GIFs")
+    return results
 
 
 @torch.no_grad()
@@ -366,18 +357,19 @@ def write_films(out, model, worlds, device):
     return pictures.likeness(*map(np.concatenate, zip(*pairs, strict=True))) if pairs else None
 
 
-def compare_planners(results, path):
-    """A table of planners: what they search, what they execute, and how often they end at the goal."""
+def write_table(results, path):
+    """A row for each planner and number of plans: what it searches, and how often it is at the goal by then."""
     controls = next(iter(results.values()))["controls"]
-    header = ["planner", "search per plan", "plans × model steps", "success", *controls, "seconds"]
+    header = ["planner", "search per plan", "plans × model steps", "success [95 %]", *controls, "seconds per plan"]
     rows = [header, ["---"] * len(header)]
     for planner, result in results.items():
-        args, (low, high) = result["args"], result["interval"][-1]
+        args, seconds = result["args"], result["seconds"] / len(result["interval"])
         search = "gradient steps" if planner.endswith("gd") else f"× {args['num_samples']} candidates"
-        row = [f"`{planner}`", f"{args['opt_steps']} {search}", f"{args['max_iter']} × {args['n_taken_actions']}"]
-        row += [f"{result['success_by_iter'][-1]:.2f} [{low:.2f}, {high:.2f}]"]
-        row += [f"{rates[-1]:.2f}" for rates in result["controls"].values()]
-        rows.append([*row, f"{result['seconds']:.0f}"])
+        for k, (low, high) in enumerate(result["interval"]):
+            row = [f"`{planner}`", f"{args['opt_steps']} {search}", f"{k + 1} × {args['n_taken_actions']}"]
+            row += [f"{result['success_by_iter'][k]:.2f} [{low:.2f}, {high:.2f}]"]
+            row += [f"{rates[k]:.2f}" for rates in result["controls"].values()]
+            rows.append([*row, f"{seconds:.1f}"])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
     common.write_atomic(path, table)
     print("\n" + table, end="")
@@ -392,10 +384,10 @@ PLANNER_ARGS = {
     "base": (2.0, common.above_zero, "with --objective all: weight of a frame over that of the one before"),
     "var_scale": (1.0, common.above_zero, "first standard deviation, in units of the data's actions"),
     "momentum": (0.0, common.number(float, 0, 0.999), "share of CEM's old mean and deviation that stays"),
-    "maxnorm": (math.inf, common.above_zero, "bound of CEM's candidates, in the same units"),
+    "maxnorm": (math.inf, common.above_zero, "bound of CEM's candidates, in the units of var_scale"),
     "noise_beta": (1.0, common.number(float, 0, 10), "icem's noise has the spectrum 1 / f^beta"),
     "keep": (9, positive, "icem's elites that run again"),
-    "temperature": (0.1, common.above_zero, "mppi's, in standard deviations of the candidates' costs"),
+    "temperature": (0.1, common.above_zero, "temperature of mppi, in standard deviations of the candidates' costs"),
     "lr": (1.0, common.above_zero, "learning rate of gd"),
     "action_noise": (0.003, common.number(float, 0, 1e3), "noise that gd adds at each step"),
     "sample_type": ("randn", lambda word: common.names(("randn", "zero"))(word)[0], "what gd starts from"),
@@ -408,12 +400,11 @@ def get_args(argv=None):
     add("--ckpt", help="the run to plan with, ours or released by DINO-WM (default: the newest under runs/)")
     add("--weights", help="pretrained weights for the encoder of a released run, which lacks them; as in train.py")
     add("--data", help="data set of --goal-source dset, and of a released run's statistics (default: the run's own)")
-    seeds = "seeds of the problems, which are pooled; the first is the planner's, too"
-    add("--seed", type=common.seed_number, nargs="+", default=[99], help=seeds)
-    add("--n-evals", type=positive, default=50, help="number of problems per seed")
+    add("--seed", type=common.seed_number, nargs="+", default=[99], help="for the problems; the planner uses the first")
+    add("--n-evals", type=positive, default=50, help="number of problems per seed; those of all seeds are pooled")
     add("--shift", choices=SHIFTS, help="let the world appear otherwise than in training")
-    sources = "random_state: random start and goal states; dset: both out of a validation episode, goal_H model steps "
-    sources += "apart; random_action: a start from there, and where random actions lead; or a file of --save-targets"
+    sources = "random_state: random start and goal states; dset: both from a validation episode, goal_H model steps "
+    sources += "apart; random_action: a start from there, and where random actions end; or a file of --save-targets"
     add("--goal-source", default="random_state", help=sources)
     add("--save-targets", metavar="PATH", help="write the problems to this file")
     add("--planner", type=common.names(PLANNERS), default="mpc-cem", help=f"one or more of {', '.join(PLANNERS)}")
@@ -481,8 +472,7 @@ def main():
     for planner in args.planner:
         folder = out if len(args.planner) == 1 else out / planner
         results[planner] = run(model, env, starts, goals, settle(args, planner, model), device, folder)
-    if len(args.planner) > 1:
-        compare_planners(results, out / "table.md")
+    write_table(results, out / "table.md")
 
 
 if __name__ == "__main__":

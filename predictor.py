@@ -95,10 +95,10 @@ class Block(nn.ModuleList):
 
 
 def run_blocks(blocks, x, mask, tables, newest=0, memory=None):
-    """Sends the tokens x (B, L, D) of a window through one block after another. Besides the mask, a block needs the row
-    that each token has in the `tables`. Returns the tokens, and a memory for the next call.
+    """Sends the tokens x (B, L, D) of a window through one block after another. Besides the mask, a block gets each
+    token's row of the `tables`. Returns the tokens, and a memory for the next call.
 
-    With `newest`, only so many of the last tokens come back, those of the newest frame, and nothing is computed twice.
+    With `newest`, only that many tokens come back, those of the newest frame, and nothing is computed twice.
     While the window grows, no frame changes its position and none sees a later one, so the memory keeps the keys and
     values of the earlier frames, and only the newest frame runs through the blocks. When the window slides, all
     positions change and all frames run, except that the last block answers the newest frame alone.
@@ -116,8 +116,8 @@ def run_blocks(blocks, x, mask, tables, newest=0, memory=None):
 class ViTPredictor(nn.Module):
     """DINO-WM's transition: a pre-norm transformer over the tokens of up to `num_frames` frames.
 
-    The default sizes are the paper's. With `concat_dim` 1 proprio and action are repeated onto every token, so many
-    copies of them as `num_proprio_repeat` and `num_action_repeat` say. With 0 they are two tokens more, and D = d.
+    The default sizes are the paper's. With `concat_dim` 1 every token gets `num_proprio_repeat` copies of the
+    proprio and `num_action_repeat` of the action. With 0 they are two tokens more, and D = d.
     """
 
     criterion = staticmethod(F.mse_loss)
@@ -130,8 +130,7 @@ class ViTPredictor(nn.Module):
     ):  # fmt: skip
         super().__init__()
         if concat_dim == 0 and not dim == proprio_dim == action_dim:
-            widths = f"{proprio_dim} and {action_dim}"
-            raise UserError(f"concat_dim=0 needs proprio and action as wide as a token, {dim}, not {widths}")
+            raise UserError(f"concat_dim=0 wants proprio ({proprio_dim}) and action ({action_dim}) to be {dim} wide")
         self.num_patches, self.dim = num_patches, dim
         self.concat_dim, self.action_repeat = concat_dim, num_action_repeat
         self.copies, tokens, width = 1, num_patches + 2, dim
@@ -371,9 +370,9 @@ class WorldModel(nn.Module):
         proprio = criterion(predicted[..., n:], target[..., n:]) if m else visual.new_zeros(())
         return (n * visual + m * proprio) / (n + m), visual, proprio
 
-    def loss(self, batch, rollout_steps=1, decay=1.0, grad_steps=None):
+    def loss(self, batch, rollout_steps=1, decay=1.0):
         """Teacher forcing, one step ahead of H frames in parallel. K = `rollout_steps` > 1 adds the mean error of K
-        imagined frames, the k-th weighed by decay^k; the gradient goes through the last `grad_steps` (None: all).
+        imagined frames, the k-th weighed by decay^k (alpha^k in the Robotic World Model).
 
         batch: {"visual": tokens (B, H + K, N, d), "proprio": (B, H + K, P), "action": (B, H + K, A)}.
         Returns the loss and its parts, {"visual", "proprio"} of the first term, and "rollout"."""
@@ -387,7 +386,7 @@ class WorldModel(nn.Module):
         parts = {"visual": visual.detach(), "proprio": proprio.detach()}
         if rollout_steps > 1:
             start, rollout = self.context, 0.0
-            imagined = self.imagine(z[:, :start], batch["action"][:, : start + rollout_steps - 1], grad_steps)
+            imagined = self.imagine(z[:, :start], batch["action"][:, : start + rollout_steps - 1])
             for k in range(rollout_steps):
                 error, *_ = self.error(imagined[:, start + k], target[:, start + k])
                 rollout = rollout + decay ** (k + 1) * error / rollout_steps
@@ -399,23 +398,14 @@ class WorldModel(nn.Module):
         latents of the first frames (B, T0, ...), as `encode` returns them. Returns the latents of T + 1 frames."""
         return self.unpack(self.imagine(self.pack(z0), actions))
 
-    def imagine(self, z, actions, grad_steps=None):
-        """`rollout` in packed latents: z (B, T0, Z), actions (B, T, A) -> (B, T + 1, Z).
-
-        The window grows to num_hist frames and then slides; a transition with a memory remembers all of them. The
-        gradient goes from prediction to prediction through the last `grad_steps` imagined frames (None: through all);
-        the frames before them learn from their own errors alone."""
-        a, H, T = self.encode_action(actions), self.num_hist, actions.shape[1]
-        cut = T + 1 - grad_steps if grad_steps else 0  # no gradient enters the frames before this one
-        frames, memory = [z], None
-        for t in range(z.shape[1], T + 1):  # t frames are known; training is plain, planning computes nothing twice
+    def imagine(self, z, actions):
+        """`rollout` in packed latents: z (B, T0, Z), actions (B, T, A) -> (B, T + 1, Z). The window grows to num_hist
+        frames and then slides; a recurrent transition remembers all frames. The gradient goes through all of them."""
+        a, H, memory = self.encode_action(actions), self.num_hist, None
+        for t in range(z.shape[1], actions.shape[1] + 1):  # t frames are known; planning computes nothing twice
             after, memory = self.predictor(z[:, -H:], a[:, max(t - H, 0) : t], memory, newest=not self.training)
-            new = after[:, -1:]
-            frames.append(new)
-            if t < cut:
-                new, memory = new.detach(), memory.detach() if torch.is_tensor(memory) else None
-            z = torch.cat([z, new], dim=1)
-        return torch.cat(frames, dim=1)
+            z = torch.cat([z, after[:, -1:]], dim=1)
+        return z
 
     def decode(self, visual):
         """Visual latents (B, T, N, d) -> frames (B, T, H, W, 3) uint8."""

@@ -1415,15 +1415,14 @@ def model(request):
     return tiny_model(**MODELS[request.param])
 
 
-def imagined_by_hand(model, z, actions, grad_steps=None):
+def imagined_by_hand(model, z, actions):
     """What `imagine` should give: for each new frame one plain call of the transition, on all that it may see."""
-    a, known, frames = model.encode_action(actions), z, [z]
+    a, known = model.encode_action(actions), z
     for t in range(z.shape[1], actions.shape[1] + 1):  # t frames are known
         first = 0 if isinstance(model.predictor, predictor.RWMPredictor) else max(t - model.num_hist, 0)
-        frames.append(model.predictor(known[:, first:t], a[:, first:t])[0][:, -1:])
-        cut = grad_steps and t < actions.shape[1] + 1 - grad_steps
-        known = torch.cat([known, frames[-1].detach() if cut else frames[-1]], 1)
-    return torch.cat(frames, 1)
+        after, _ = model.predictor(known[:, first:t], a[:, first:t])
+        known = torch.cat([known, after[:, -1:]], 1)
+    return known
 
 
 @torch.no_grad()
@@ -1487,33 +1486,27 @@ def test_the_losses_of_every_transition_by_hand(model):
     other = batch | {"action": torch.cat([batch["action"][:, :3], -batch["action"][:, 3:]], 1)}
     assert torch.equal(model.loss(other, 1, 0.5)[0], loss)  # no later action matters, and one step has no rollout
 
-    # a rollout, in validation and in training, with a gradient through all of its frames or through the last two
-    start, through = model.context, {}
+    # a rollout, in validation and in training, with a gradient through all of its frames
+    start = model.context
     assert start == (3 if recurrent or paper else 1)
-    for training, grad_steps in [(False, None)] if recurrent else itertools.product((False, True), (None, 2)):
+    for training in [False] if recurrent else [False, True]:
         model.train(training)
         z = model.pack(model.encode(batch))
-        imagined = imagined_by_hand(model, z[:, :start], batch["action"][:, : start + K - 1], grad_steps)
+        imagined = imagined_by_hand(model, z[:, :start], batch["action"][:, : start + K - 1])
         errors = [error(imagined[:, start + k], z.detach()[:, start + k]) for k in range(K)]
         rollout = sum(0.5 ** (k + 1) * error / K for k, error in enumerate(errors))
-        loss, parts = model.loss(batch, K, 0.5, grad_steps)
+        loss, parts = model.loss(batch, K, 0.5)
         close((loss, parts["rollout"]), (teacher + rollout, rollout.detach()))
-        through[grad_steps] = gradients(loss)
-        close(through[grad_steps], gradients(teacher + rollout), atol=1e-5, rtol=1e-4)
-    assert recurrent or max((a - b).abs().max() for a, b in zip(*through.values(), strict=True)) > 1e-5
+        close(gradients(loss), gradients(teacher + rollout), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", predictor.PREDICTORS)
-def test_a_gradient_goes_through_as_many_imagined_frames_as_it_should(name):
+def test_a_gradient_goes_through_all_imagined_frames(name):
     model = tiny_model(name, 1 if name == "rwm" else 4, num_hist=2 if name == "rwm" else 1)
     batch = tiny_batch(model)
     actions, z = batch["action"][:, :5].requires_grad_(), model.pack(model.encode(batch))[:, :1].detach()
-    whole = model.imagine(z, actions)
-    for steps in (None, 1, 2, 3, 5, 9):
-        imagined = model.imagine(z, actions, steps)
-        assert torch.equal(imagined, whole)
-        (gradient,) = torch.autograd.grad(imagined[:, -1].square().sum(), actions)
-        assert [bool(g) for g in gradient.abs().amax((0, 2)) > 0] == [t >= 5 - (steps or 5) for t in range(5)]
+    (gradient,) = torch.autograd.grad(model.imagine(z, actions)[:, -1].square().sum(), actions)
+    assert (gradient.abs().amax((0, 2)) > 0).all()  # of every action
 
 
 def test_the_paper_knows_no_proprio_and_sees_actions_through_an_mlp():
@@ -1697,7 +1690,7 @@ AC = "--epochs 9 --steps 2 --predictor vjepa2_ac --sizes width=24,depth=1,heads=
 RUNS = {
     "plain": f"{TINY},dropout=0.1",
     "seeing": f"{TINY},dropout=0.1 --decoder",
-    "vit": f"{TINY} --rollout-steps 3 --rollout-args decay=0.9,grad_steps=1",  # FAILS: `detach` of a tuple in validate
+    "vit": f"{TINY} --rollout-steps 3",
     "rwm": "--epochs 2 --predictor rwm --encoder state --rollout-steps 2 --sizes width=16",
     "ac": AC,
     "pointmaze_pca_paper": f"{TINY} --variant paper",
@@ -1860,7 +1853,8 @@ def test_plan_reports_success_intervals_and_controls_and_repeats_itself(runs, ru
     budget = f"--n-evals 3 --seed 0 1 --max-iter 2 {SEARCH}"
     run(f"plan {budget} --baselines random,oracle")
     first, films = results("vit"), [f"problem_{i}.gif" for i in range(plan.FILMS)]
-    assert {path.name for path in Path("plan_outputs/vit").iterdir()} == {"results.json", "success.png", *films}
+    written = {path.name for path in Path("plan_outputs/vit").iterdir()}
+    assert written == {"table.md", "results.json", "success.png", *films}
     assert first["args"]["ckpt"] == "runs/vit" and first["n_evals"] == 6 and first["imagination"] is None
     assert len(first["success_by_iter"]) == len(first["interval"]) == 2
     assert {name: len(rates) for name, rates in first["controls"].items()} == {"random": 2, "oracle": 2}
@@ -1892,12 +1886,13 @@ def test_the_papers_variant_trains_and_plans_with_its_defaults(runs, run):
     run(f"{command} --history 1 --n-taken-actions 2 --max-iter 1 --name other")
 
 
-def test_every_planner_plans_and_several_make_a_table(runs, run):
+def test_every_planner_plans_and_all_stand_in_one_table(runs, run):
     planners = ["cem", "gd", "mpc-gd", "mpc-icem", "mppi"]
     flags = f"--ckpt runs/plain --n-evals 2 --max-iter 2 {SEARCH} --planner {','.join(planners)}"
     out = run(f"plan {flags} --baselines random,oracle")
     table = Path("plan_outputs/plain/table.md").read_text()
-    assert table in out and "| search per plan | plans × model steps | success | random | oracle | seconds |" in table
+    assert "| search per plan | plans × model steps | success [95 %] | random | oracle | seconds" in table
+    assert table in out and table.count("\n") == 2 + 3 + 2 * 2  # a row for each plan, of which two planners make two
     assert "| `gd` | 2 gradient steps | 1 × 5 |" in table and "| `mpc-icem` | 2 × 20 candidates | 2 × 5 |" in table
     for planner in planners:
         result = results(f"plain/{planner}")
@@ -2028,7 +2023,6 @@ train --sizes depth                                     | depth is not one of NA
 train --predictor rwm --sizes heads=2                   | --predictor rwm has no size heads; it has width, depth, mlp
 train --predictor vjepa2_ac --sizes dropout=0.1         | --predictor vjepa2_ac has no size dropout
 train --sizes concat_dim=2                              | 2 is not a whole number of at least 0 and at most 1
-train --rollout-args grad=1                             | grad is not one of NAME=VALUE with decay, grad_steps
 train --lr=-1                                           | -1 is not a number above 0 and at most 1
 train --predictor lstm                                  | invalid choice: 'lstm'
 train --predictor-weights x.pt                          | --predictor-weights is for --predictor vjepa2_ac, not vit
@@ -2047,10 +2041,10 @@ plan --planner icem --planner-args keep=300             | keep=300 leaves no new
 """
 
 
-FLOATS = ["train --lr=", "train --sizes dropout=", "train --rollout-args decay="]
+FLOATS = ["train --lr=", "train --sizes dropout="]
 FLOATS += [f"plan --planner-args {k}=" for k, (default, *_) in plan.PLANNER_ARGS.items() if isinstance(default, float)]
 COUNTS = "num-hist rollout-steps epochs steps batch-size frameskip img-size encoder-img-size"
-COUNTS = [f"train --{k}=" for k in COUNTS.split()] + ["train --rollout-args grad_steps=", "plan --planner-args keep="]
+COUNTS = [f"train --{k}=" for k in COUNTS.split()] + ["plan --planner-args keep="]
 COUNTS += [f"train --sizes {k}=" for k in "depth heads dim_head mlp_dim num_proprio_repeat num_action_repeat".split()]
 COUNTS += [f"train --predictor vjepa2_ac --sizes {k}=" for k in "width depth heads mlp_dim".split()]
 COUNTS += [f"plan --{k}=" for k in "n-evals goal-H n-taken-actions history max-iter num-samples topk opt-steps".split()]
@@ -2086,7 +2080,7 @@ train --encoder vae --encoder-img-size 128                | sees 64 px
 train --predictor vjepa2_ac --sizes heads=5               | width=128 is not a multiple of twice heads=5
 train --predictor vjepa2_ac --predictor-weights x.pt      | no file at x.pt
 train --predictor rwm --encoder patches --rollout-steps 1 | takes one token a frame, not 16: try --encoder pca or state
-train --sizes concat_dim=0 --variant paper                | needs proprio and action as wide as a token, 32, not 0
+train --sizes concat_dim=0 --variant paper                | wants proprio (0) and action (32) to be 32 wide
 train --decoder vq                                        | here is one token a frame: --decoder plain
 train --name ..                                           | --name .. is not a folder below runs/: choose another --name
 train --name /tmp/abs                                     | --name /tmp/abs is not a folder below runs/

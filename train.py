@@ -31,9 +31,9 @@ from lib import common, pictures
 from lib.common import UserError, positive
 from predictor import PREDICTORS, WorldModel, load_checkpoint
 
-FIT_FRAMES = 20_000  # of the training episodes, for encoders that learn from frames
+FIT_FRAMES = 20_000  # how many training frames are shown to an encoder that is fitted
 DECODER_LR = 3e-4  # Adam's, as released
-DECODER_FRAMES = 32  # frames a step that the decoder learns from: the last of each window, since windows overlap
+DECODER_FRAMES = 32  # how many frames the decoder sees in a step: the last of each window, since windows overlap
 
 
 def train(args):
@@ -104,7 +104,6 @@ def train(args):
     common.write_json(directory / "args.json", flags)
 
     # the loop
-    rollout = dict(rollout_steps=args.rollout_steps, **args.rollout_args)
     bar = tqdm(total=total_steps, initial=len(log) * steps_per_epoch, desc="train", unit="step")
     for epoch in range(len(log), epochs):
         torch.manual_seed(args.seed * 100_003 + epoch)  # dropout and order depend on (seed, epoch) alone
@@ -115,7 +114,7 @@ def train(args):
         for batch in train_windows.batches(order, tokens, batch_size, device, frames=int(bool(decoder))):
             decoder_loss = 0.0
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss, _ = model.loss(batch, **rollout)
+                loss, _ = model.loss(batch, args.rollout_steps)
                 if decoder:
                     visual = model.encode(batch)["visual"][:DECODER_FRAMES, -1:]
                     decoder_loss, *_ = model.decoder_loss(visual, batch["frames"][:DECODER_FRAMES])
@@ -126,7 +125,7 @@ def train(args):
             total += loss.detach()
             bar.update()
         entry = {"epoch": epoch + 1, "train": total.item() / steps}
-        entry |= validate(model, val_windows, tokens, batch_size, device, rollout)
+        entry |= validate(model, val_windows, tokens, batch_size, device, args.rollout_steps)
         if not math.isfinite(entry["train"] + entry["val"]):
             raise UserError(f"the loss is not finite in epoch {epoch + 1}: try a smaller --lr")
         if decoder:
@@ -150,13 +149,13 @@ def learning_rate(step, total_steps, warmup=0.05):
 
 
 @torch.no_grad()
-def validate(model, windows, tokens, batch_size, device, rollout):
+def validate(model, windows, tokens, batch_size, device, rollout_steps):
     """Validation losses {"val", "val_visual", "val_proprio", with rollouts "val_rollout"}, and "copy": the visual error
     of predicting no change."""
     model.eval()
     sums = {}
     for batch in windows.batches(np.arange(len(windows)), tokens, batch_size, device):
-        loss, parts = model.loss(batch, **rollout)
+        loss, parts = model.loss(batch, rollout_steps)
         visual = model.encode(batch)["visual"][:, : model.num_hist + 1]
         values = {"val": loss, **{f"val_{name}": part for name, part in parts.items()}}
         values["copy"] = model.predictor.criterion(visual[:, :-1], visual[:, 1:])
@@ -236,9 +235,6 @@ def transition_sizes(args, single):
     return sizes | args.sizes
 
 
-ROLLOUT_ARGS = {"decay": common.number(float, 0, 1, open_low=True), "grad_steps": positive}
-
-
 def decoder_sizes(args, img_size, single):
     """The decoder's keyword arguments: the release's sizes for its frames, and less for smaller ones."""
     small = dict(depth=16) if single else dict(channel=64, n_res_block=2, n_res_channel=32)
@@ -261,9 +257,7 @@ def get_args(argv=None):
     add("--predictor-weights", metavar="PATH", help="released predictor from which vjepa2_ac starts")
     add("--sizes", type=common.key_values(KNOWN_SIZES), default={}, help="the transition model's, as depth=2,heads=4")
     add("--rollout-steps", type=positive, help="frames imagined in training (default: vit 1, rwm 8, vjepa2_ac 2)")
-    rollout = "decay: weight of an imagined frame over that of the one before; grad_steps: how many have a gradient"
-    add("--rollout-args", type=common.key_values(ROLLOUT_ARGS), default={}, help=rollout)
-    variant = "DINO-WM as released, or as its text has it: 224 px into DINOv2, an MLP for actions, no proprio"
+    variant = "follow DINO-WM's released code, or its text: DINOv2 sees 224 px, an MLP embeds actions, no proprio"
     add("--variant", choices=("repository", "paper"), default="repository", help=variant)
     add("--decoder", nargs="?", const="plain", choices=("plain", "vq"), help="train a decoder, too; vq has a codebook")
     add("--epochs", type=positive, help="passes over the windows (default: 100 for patches, 20 for one token)")
@@ -279,7 +273,7 @@ def get_args(argv=None):
         raise UserError(f"--variant paper is DINO-WM's, for --predictor vit, not {args.predictor}")
     if args.predictor_weights and args.predictor != "vjepa2_ac":
         raise UserError(f"--predictor-weights is for --predictor vjepa2_ac, not {args.predictor}")
-    transition_sizes(args, single=True)  # a wrong name is said before anything is built
+    transition_sizes(args, single=True)  # a wrong name is reported before anything is built
     return args
 
 

@@ -2,22 +2,25 @@
 
 Every encoder gets the same frames, transition model, gradient steps, goals and budget of CEM. PointMaze-UMaze hardly
 tells encoders apart when there is time to replan (DINO-WM, arXiv:2411.04983: 0.94 to 0.98). So they are also compared
-after a single plan, in a larger maze, and in a world that appears otherwise than in training. Each run measures
+after a single plan, in a larger maze, and in a world that looks different than in training. Each run measures
 
     success       the share of the problems that are solved within 1, 2, ... MPC iterations; with each shift, within one
     latent error  the error of the predicted next latent, divided by the error of predicting no change
     drift         the error of the latent imagined h steps ahead, divided by its variance (extras/horizon.py)
     probe         R^2 of (x, y, vx, vy), read off the tokens of one frame by ridge regression
+    train, plan   the seconds that train.py takes, fitting the encoder included, and planning takes without a shift
 
     python -m extras.representation                  # the laptop set: no download, 75 minutes on two cores
     python -m extras.representation --encoder dinov2,dinov2@random,r3m@r3m.pth --steps 20000 --n-evals 50    # on a GPU
 
 Writes runs/NAME/: a run of train.py for each maze, encoder and seed, with its measurements in study.json; the controls
-for each maze and seed; table.md and study.png. The same command goes on with a study, and may add to these three.
+for each maze and seed; table.md and study.png. The same command continues a study, and it may name
+more encoders, mazes or seeds than before.
 """
 
 import contextlib
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +39,7 @@ from lib.pointmaze import SHIFTS
 from lib.worlds import ENVIRONMENTS, make_env
 from predictor import WorldModel
 
-SHIFTED, CONTROLS = "pointmaze", "controls"  # the maze of the shifts; the controls stand in an encoder's place
+SHIFTED, CONTROLS = "pointmaze", "controls"  # the maze that is shifted; what a job names instead of an encoder
 TRAINING = dict(img_size=64, steps=3000, batch_size=32)  # flags of train.py that are passed on, with other defaults
 PLANNING = dict(n_evals=32, max_iter=3, num_samples=64, topk=8, opt_steps=5)  # and flags of plan.py
 
@@ -46,7 +49,7 @@ def run_path(args, env, encoder, seed):
 
 
 def flags(args, options, **own):
-    """A command line for another script: the flags `own`, and those of this script that are passed on."""
+    """The command line for another script: the flags `own`, and the values of our own flags `options` and --device."""
     own |= {name: getattr(args, name) for name in [*options, "device"]}
     return [f"--{name.replace('_', '-')}={value}" for name, value in own.items() if value != ""]
 
@@ -55,7 +58,7 @@ def train_args(args, env, encoder, seed):
     """train.py's arguments for one run. Every encoder gets the transition model that train.py gives a single token."""
     own = dict(env=env, seed=seed, name=run_path(args, env, encoder, seed).relative_to("runs"))
     own["encoder"], _, own["weights"] = encoder.partition("@")
-    own["sizes"] = ",".join(f"{size}={value}" for size, value in (train.LAPTOP | {"depth": args.depth}).items())
+    own["sizes"] = ",".join(f"{name}={value}" for name, value in (train.LAPTOP | {"depth": args.depth}).items())
     return train.get_args(flags(args, TRAINING, **own))
 
 
@@ -66,7 +69,9 @@ def plan_args(args, seed):
 def measure(args, env_name, encoder, seed):
     """Trains one run, plans with it, and returns what is measured."""
     directory, device = run_path(args, env_name, encoder, seed), torch.device(args.device)
+    start = time.perf_counter()
     train.train(train_args(args, env_name, encoder, seed))
+    trained = time.perf_counter()
     model, env = WorldModel.load(directory, device), make_env(env_name, args.img_size)
     settings = plan.settle(plan_args(args, seed), "mpc-cem", model)
     problems = plan.get_problems(env, settings, model)
@@ -77,6 +82,7 @@ def measure(args, env_name, encoder, seed):
         return reached.float().mean(1).tolist()
 
     result = {"tokens": model.encoder.num_patches, "dim": model.encoder.dim, "success": success()}
+    result |= {"train_seconds": trained - start, "plan_seconds": time.perf_counter() - trained}
     settings.max_iter = 1
     result["shift"] = {shift: success(shift)[0] for shift in args.shift if env_name == SHIFTED}
     last = np.atleast_1d(np.genfromtxt(directory / "log.csv", delimiter=",", names=True))[-1]
@@ -91,7 +97,7 @@ def measure(args, env_name, encoder, seed):
 def linear_probe(tokens, states, rows, ridge=1e-4):
     """R^2 (P,) of states (S, P) that are read linearly off all numbers of a frame's tokens (S, N, d). A frame may have
     more numbers than there are rows, so ridge regression is solved in its dual form, X^T (X X^T + lambda I)^-1 Y.
-    `rows` are those to learn from, and those to measure on."""
+    `rows` is a pair: the rows to learn from, and the rows to measure on."""
     x, x_val, y, truth = (torch.from_numpy(a[r].astype(float)).flatten(1) for a in (tokens, states) for r in rows)
     mean, center = x.mean(0), y.mean(0)
     gram = (x - mean) @ (x - mean).T
@@ -139,12 +145,12 @@ def stack(runs):
 
 
 def write_tables(args, results, path):
-    """Writes a table for each maze. Every ± is over seeds."""
+    """Writes a table for each maze. Every ± is a 95 % interval over seeds."""
     lines = []
     for env in args.env:
         shifts = results[env, args.encoder[0]]["shift"]
         header = ["encoder", "tokens", "within 1", f"within {args.max_iter}", *(f"with {shift}" for shift in shifts)]
-        header += ["latent error", f"drift at {args.drift}", "probe x, y", "probe vx, vy"]
+        header += ["latent error", f"drift at {args.drift}", "probe x, y", "probe vx, vy", "train s", "plan s"]
         lines += [f"\n{env}, {args.n_evals} goals per seed\n", header, ["---"] * len(header)]
         for name, rates in results[env, CONTROLS].items():
             lines.append([name, "", cell(rates[:, 0]), cell(rates[:, -1]), *[""] * (len(header) - 4)])
@@ -153,7 +159,8 @@ def write_tables(args, results, path):
             row = [encoder, f"{run['tokens'][0]} × {run['dim'][0]}"]
             row += [cell(run["success"][:, 0]), cell(run["success"][:, -1]), *(cell(run["shift"][s]) for s in shifts)]
             row += [cell(run["latent_error"], 3), cell(run["drift"]["model"][:, -1])]
-            lines.append(row + [cell(run["probe"][:, :2].mean(1)), cell(run["probe"][:, 2:].mean(1))])
+            row += [cell(run["probe"][:, :2].mean(1)), cell(run["probe"][:, 2:].mean(1))]
+            lines.append(row + [f"{run[key].mean():.0f}" for key in ("train_seconds", "plan_seconds")])
     text = "\n".join(line if isinstance(line, str) else f"| {' | '.join(line)} |" for line in lines)
     common.write_atomic(path, text + "\n")
     print(text)
@@ -215,7 +222,7 @@ def main():
     fixed = {k: v for k, v in vars(args).items() if k not in ("encoder", "env", "seeds", "workers", "device")}
     common.same_flags(root, fixed)
     plan_args(args, args.seeds[0])
-    for encoder in args.encoder:  # what is unknown or missing is said before anything is trained
+    for encoder in args.encoder:  # so that an unknown name or missing weights end the study before anything is trained
         settings = train_args(args, args.env[0], encoder, args.seeds[0])
         if settings.encoder == "state":
             raise UserError("the study compares what encoders make of frames, and --encoder state sees none")

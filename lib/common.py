@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 try:
     import fcntl
-except ImportError:  # Windows has none: there no lock is held, and what a killed process has left stays
+except ImportError:  # on Windows nothing is locked, and what a killed process has left behind stays
     fcntl = None
 
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
@@ -91,7 +91,7 @@ above_zero = number(float, 0, 1e6, open_low=True)
 
 
 def names(known):
-    """An `argparse` type: "a,b,c", each of them one of `known`, each once."""
+    """An `argparse` type: "a,b,c" becomes ["a", "b", "c"], without repetitions. Each has to be in `known`."""
 
     def parse(text):
         chosen = list(dict.fromkeys(name for name in text.split(",") if name))
@@ -140,7 +140,7 @@ def output_folder(root, name):
 
 
 def same_flags(directory, flags):
-    """A run goes on with the flags that it was begun with: UserError that names those that differ from args.json."""
+    """A run goes on with the flags that it was begun with. UserError names those that differ from its args.json."""
     path, now = Path(directory) / "args.json", json.loads(json.dumps(flags))
     before = read_json(path) if path.exists() else now
     if different := sorted(name for name in now.keys() | before.keys() if before.get(name) != now.get(name)):
@@ -153,16 +153,16 @@ def same_flags(directory, flags):
 def partial(path, folder=False):
     """Yields a temporary file or folder beside `path`, which is renamed to `path` when the block has ended well.
 
-    The temporary one is locked while it is written. So the next writer of the same name can tell what a killed
-    process has left behind, and removes it.
+    The temporary one is locked while it is written. One without a lock was left behind by a killed process, and the
+    next writer of the same `path` removes it.
     """
     path, unique = Path(path), uuid.uuid4().hex[:8]
     new, temporary = path.with_name(f".{unique}.new"), path.with_name(f".{path.stem}.{unique}.partial{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{path.stem}.*.partial{path.suffix}"):
+        for left in path.parent.glob(f".{path.stem}.*.partial{path.suffix}") if fcntl else ():
             with contextlib.suppress(OSError), locked(left):
-                remove(left) if fcntl else None
+                remove(left)
         new.mkdir() if folder else new.touch()
         with locked(new):
             new.rename(temporary)  # nobody sees it under this name without the lock
@@ -195,7 +195,7 @@ def remove(path):
 
 
 def write_atomic(path, content):
-    """Writes bytes or text, or what `content(temporary_path)` writes: `path` is either whole or as it was before."""
+    """Writes `content`: bytes, text, or a function that writes to a temporary path. `path` is never half-written."""
     with partial(path) as temporary:
         if callable(content):
             content(temporary)
@@ -235,7 +235,7 @@ def write_csv(path, rows):
 
 
 class NpyWriter:
-    """A .npy file that grows by rows. Its header has room for any number of rows, and `close` fills it in."""
+    """A .npy file that grows by rows. `close` writes their number into its header, which has room for any."""
 
     def __init__(self, path, row_shape, dtype):
         self.file, self.shape, self.dtype, self.rows = open(path, "wb"), tuple(row_shape), np.dtype(dtype), 0
@@ -266,13 +266,12 @@ def save_tensors(path, content):
 
 
 def load_tensors(path, device="cpu", kind=dict, **options):
-    """What torch.save wrote to `path`, if it is tensors and plain values. It never executes a pickle.
+    """Reads the tensors and plain values that torch.save wrote to `path`, and never executes a pickle.
 
     UserError if the file is missing, unreadable, damaged or holds something other than a `kind`.
     """
-    options |= dict(map_location=device, weights_only=True)
     with warnings.catch_warnings(action="ignore"):
-        content = read(path, lambda path: torch.load(path, **options))
+        content = read(path, lambda path: torch.load(path, map_location=device, weights_only=True, **options))
     if not isinstance(content, kind):
         raise UserError(f"{path} is damaged, or does not hold a {kind.__name__.lower()} of torch.save")
     return content
@@ -309,10 +308,10 @@ def fit(model, loss, steps, lr, seed, name, path=None, config=None, clip=None):
     """Fits `model` in place by `steps` steps of Adam on `loss()["loss"]`. The learning rate follows a cosine.
 
     With a `path` the model is kept there when it is done, with its `config`, for `load_fitted`; and a run that was
-    killed goes on. Step n draws from a generator seeded by (seed, n) alone, so that it ends with the same weights as a
-    run that was not killed. A .csv of the losses is written beside it.
+    killed goes on. Its weights end as if it had not been killed, because step n draws from a generator seeded by
+    (seed, n) alone. A .csv of the losses is written beside the model.
     """
-    # Adam comes first in any case: it loads Triton, which crashes once a renderer has loaded Mesa's LLVM.
+    # Adam comes first even if it is not needed: it loads Triton, which crashes once a renderer has loaded Mesa's LLVM.
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
     if path and path.exists():
         return load_fitted(model, path)
@@ -354,7 +353,7 @@ def load_fitted(model, path):
     saved = load_tensors(path)
     if "model" not in saved:
         raise UserError(f"{path} does not hold a model of this project: remove it, and train it again")
-    remove(path.with_suffix(".unfinished.pt"))  # a process was killed just before it did
+    remove(path.with_suffix(".unfinished.pt"))  # still there if a process was killed just before removing it
     load_state(model, saved["model"], path)
     return model.eval()
 
@@ -381,7 +380,7 @@ class Workers(ProcessPoolExecutor):
 
 
 def _begin_worker(initializer, initargs):
-    """A worker ends with its parent: left alone, it would wait for work for ever."""
+    """Makes a worker end with its parent, without which it would wait for work for ever."""
     parent, wait = multiprocessing.parent_process().sentinel, multiprocessing.connection.wait
     threading.Thread(target=lambda: (wait([parent]), os._exit(1)), daemon=True).start()
     if initializer:
@@ -390,8 +389,8 @@ def _begin_worker(initializer, initargs):
 
 def keep_freed_memory():
     """Tells glibc to keep freed memory. Planning on a CPU needs the same large blocks over and over, and new pages for
-    them took a quarter of its time. It changes nothing elsewhere."""
-    with contextlib.suppress(OSError, AttributeError):  # a C library other than glibc
+    them took a twentieth of its time. Nothing changes where there is another C library."""
+    with contextlib.suppress(OSError, AttributeError):
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
             ctypes.CDLL("libc.so.6").mallopt(option, value)
 

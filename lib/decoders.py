@@ -1,4 +1,5 @@
-"""Decoders paint the frame of a latent. The picture is for people: no plan uses it, and no gradient flows back from it.
+"""Decoders paint a frame from its latent. The picture is for people: planning does not use it, and its gradient does
+not reach the world model.
 
 DINO-WM (Zhou et al., 2024, arXiv:2411.04983, section 3.2 and appendix; the released models/vqvae.py and
 models/decoder/transposed_conv.py) trains a decoder q beside the transition model, on latents cut off from the graph:
@@ -6,9 +7,9 @@ models/decoder/transposed_conv.py) trains a decoder q beside the transition mode
     L = mean (q(sg[z]) - o)^2 + 0.25 mean (sg[e_k] - sg[z])^2             o: the frame, its pixels in [-1, 1]
 
 `VQVAEDecoder` paints from a square grid of N patch tokens. It is the upper half of a VQ-VAE (van den Oord et al., 2017,
-arXiv:1711.00937), and can first replace each token by e_k, the nearest of its codes. The codes have no gradient: they
-follow the tokens by a moving average (appendix A.1 there), so with a frozen encoder the second term teaches nothing
-and only measures their distance. `TransposedConvDecoder` paints from the one token of a frame.
+arXiv:1711.00937), and can first replace each token by e_k, the nearest of its codes. The codes have no gradient. They
+follow the tokens by a moving average (appendix A.1 there), so the second term teaches nothing if the encoder is frozen;
+it only measures how far the codes are. `TransposedConvDecoder` paints from the one token of a frame.
 """
 
 import math
@@ -35,7 +36,7 @@ class Quantize(nn.Module):
         """(..., d) -> codes (..., d) and their mean squared distance."""
         with torch.autocast(x.device.type, enabled=False):  # a moving average needs full precision
             x = x.float()
-            flat = x.flatten(0, -2)
+            flat = x.flatten(0, -2)  # (n, d)
             distance = flat.square().sum(1, keepdim=True) - 2 * flat @ self.embed + self.embed.square().sum(0)
             chosen = distance.argmin(1)
             codes = self.embed.T[chosen].view_as(x)
@@ -49,7 +50,7 @@ class Quantize(nn.Module):
         self.cluster_size.lerp_(one_hot.sum(0), 1 - self.decay)
         self.embed_avg.lerp_(flat.T @ one_hot, 1 - self.decay)
         total, n_embed = self.cluster_size.sum(), len(self.cluster_size)
-        size = (self.cluster_size + self.eps) / (total + n_embed * self.eps) * total  # smoothed, so never zero
+        size = (self.cluster_size + self.eps) / (total + n_embed * self.eps) * total  # smoothed, so it is never zero
         self.embed.copy_(self.embed_avg / size)
 
 
@@ -72,8 +73,8 @@ def upsample4(i, o, channel, n_res_block, n_res_channel):
 
 
 class VQVAEDecoder(nn.Module):
-    """A grid of patch tokens -> images: each token becomes 16 x 16 pixels, and the result is resized to `img_size`. Its
-    names and default sizes are the release's. With `quantize`, tokens first become the nearest of `n_embed` codes."""
+    """Paints each of a grid of patch tokens as 16 x 16 pixels, and resizes the result to `img_size`. Its names and
+    default sizes are the release's. With `quantize`, each token first becomes the nearest of `n_embed` codes."""
 
     def __init__(self, dim, img_size, channel=384, n_res_block=4, n_res_channel=128, quantize=False, n_embed=2048):
         super().__init__()
@@ -92,9 +93,9 @@ class VQVAEDecoder(nn.Module):
 
 
 class TransposedConvDecoder(nn.Module):
-    """One token a frame -> images, by a linear layer, transposed convolutions that each triple the side, and a resize.
-    The release has five of them, 32, 8, 4, 2 and 1 times `depth` wide, and makes 224 pixels of their 243. Smaller
-    images need fewer."""
+    """Paints the one token of a frame by a linear layer and transposed convolutions, which triple the side each. The
+    release has five, whose inputs are 32, 8, 4, 2 and 1 times `depth` wide, and resizes their 243 pixels to 224.
+    Smaller images need fewer."""
 
     def __init__(self, dim, img_size, depth=64):
         super().__init__()
@@ -119,7 +120,7 @@ def build_decoder(num_patches, dim, **sizes):
     """The decoder for latents of N tokens of d numbers. UserError if there is none."""
     if num_patches == 1:
         if sizes.get("quantize"):
-            raise UserError("--decoder vq makes codes of patch tokens, but here is one token a frame: --decoder plain")
+            raise UserError("--decoder vq makes codes of patch tokens, but a frame has one token: use --decoder plain")
         return TransposedConvDecoder(dim, **sizes)
     if math.isqrt(num_patches) ** 2 != num_patches:
         raise UserError(f"--decoder needs a square grid of tokens, not {num_patches}")

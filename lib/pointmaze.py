@@ -50,15 +50,15 @@ class PointMaze(gym.Env):
         self.mujoco = mujoco
         self.model, self.free = self.build(maze)
         self.data = mujoco.MjData(self.model)
-        self.img_size, self.shift, self._renderer, self._rollout = img_size, shift, None, None
-        self.shift_rng = np.random.default_rng(0)  # of the shifts that differ from frame to frame
+        self.img_size, self.shift, self._renderer = img_size, shift, None
+        self.shift_rng = np.random.default_rng(0)  # draws the shifts that differ from frame to frame
         self.goal = self.cell_center(*np.argwhere(self.free)[0])
         self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
         self.observation_space = observation_space(img_size, 4)
 
     def build(self, maze):
-        """The MuJoCo model, and which cells (rows, cols) are free. Each is 1 m x 1 m; the maze is centred on (0, 0)."""
-        with contextlib.redirect_stderr(io.StringIO()):  # it prints news of environments that are not used here
+        """The MuJoCo model, and which cells (rows, cols), 1 m x 1 m each, are free. The maze is centred on (0, 0)."""
+        with contextlib.redirect_stderr(io.StringIO()):  # it prints news about environments that are not used here
             import gymnasium_robotics
 
         gym.register_envs(gymnasium_robotics)
@@ -114,16 +114,13 @@ class PointMaze(gym.Env):
         """Physics alone, for B balls at once in threads: states (B, 4), actions (B, T, 2) -> final states (B, 4)."""
         from mujoco import rollout
 
-        if self._rollout is None:
-            threads = os.cpu_count()
-            self._rollout = rollout.Rollout(nthread=threads), [self.mujoco.MjData(self.model) for _ in range(threads)]
-        pool, datas = self._rollout
+        datas = [self.mujoco.MjData(self.model) for _ in range(os.cpu_count())]  # one for each thread
         full = np.zeros((len(states), 1 + states.shape[1]))  # MuJoCo's full state: time, qpos, qvel
         full[:, 1:] = states
         for t in range(actions.shape[1]):
             full[:, 3:] = full[:, 3:].clip(-self.MAX_SPEED, self.MAX_SPEED)
             control = np.broadcast_to(actions[:, t, None].clip(-1, 1), (len(states), self.PHYSICS_STEPS, 2))
-            full = pool.rollout(self.model, datas, full, control)[0][:, -1]
+            full = rollout.rollout(self.model, datas, full, control, persistent_pool=True)[0][:, -1]
         return full[:, 1:]
 
     def observe(self):
@@ -143,7 +140,7 @@ class PointMaze(gym.Env):
             self.mujoco.mjv_initGeom(scene.geoms[scene.ngeom], sphere, size, position, upright, red)
             scene.ngeom += 1
         frame = self._renderer.render()
-        if self.shift == "noise":  # of 15 grey levels
+        if self.shift == "noise":  # with a standard deviation of 15 grey levels
             frame = (frame + self.shift_rng.normal(0, 15, frame.shape)).clip(0, 255).astype(np.uint8)
         return frame
 
@@ -170,7 +167,7 @@ class PointMaze(gym.Env):
             camera.azimuth, camera.lookat[:2] = 93, (0.1, 0.1)  # turned by 3 degrees, moved by 0.1 m each way
 
     def aim(self, camera, scene):
-        """An orthographic camera that sees the whole maze. Without shadows and haze a frame takes a third less time."""
+        """Looks orthographically at the whole maze. Without shadows and haze a frame takes a third less time."""
         camera.orthographic, camera.distance = 1, 10
         self.model.vis.global_.fovy = max(self.free.shape)  # an orthographic camera's field of view is in metres
         self.model.vis.global_.ipd = 0  # one viewpoint, in the middle
@@ -243,7 +240,7 @@ class PointMazeD4RL(PointMaze):
         return self.sample_state(rng), self.sample_state(rng)
 
     def aim(self, camera, scene):
-        """mujoco-py's free camera: at the geoms' median, as far away as the model extends."""
+        """Looks as mujoco-py's free camera does: at the geoms' median, from as far away as the model extends."""
         camera.lookat[:], camera.distance = (3, 3, 0), self.model.stat.extent
 
     def render(self):

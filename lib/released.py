@@ -1,13 +1,13 @@
-"""What DINO-WM's authors released, read as it lies on the disk: the PointMaze archive and the checkpoints.
+"""Reads what DINO-WM's authors released, without changing the files: the PointMaze archive and the checkpoints.
 
 Zhou et al., 2024, arXiv:2411.04983; the code and its formats are in gaoyuezhou/dino_wm on GitHub. A checkpoint there is
-a pickle of whole modules, and a pickle is a program that may call any function by its name. Here it can make
+a pickle of whole modules, and a pickle is a program that may call any function by its name. Here it can only make
 
     containers    dict, set, OrderedDict, defaultdict
     tensors       a storage of the file, seen by (offset, size, stride)
     shells        they stand where a module or an optimiser stood, and keep its state but not its behaviour
 
-and nothing else. No module is imported on its behalf, and any other name is an error that says the name.
+No module is imported on its behalf, and a pickle that asks for any other name is refused.
 
     python -m lib.released point_maze            # describes the data set, and draws contact_sheet.png
     python -m lib.released outputs/point_maze    # describes the run: its settings and its tensors
@@ -67,7 +67,7 @@ class ReleasedDataset(Dataset):
         return [np.sort(part) for part in np.split(order, [int(0.9 * len(self))])]
 
     def statistics(self, episodes=None):
-        """Means and deviations by dimension. As in the release they are of all episodes, and divide by n - 1."""
+        """Means and deviations by dimension. As in the release they are of all episodes, with n - 1 in the variance."""
         values = {"action": torch.from_numpy(self.actions), "proprio": torch.from_numpy(self.states)}
         return {name: (v.mean(0).numpy(), v.std(0).numpy()) for name, v in values.items()}
 
@@ -89,8 +89,7 @@ class EpisodeFrames:
         return self.shape[0]
 
     def __getitem__(self, index):
-        """Rows by a number, a slice or an array of numbers."""
-        rows = np.arange(len(self))[index]
+        rows = np.arange(len(self))[index]  # of a number, a slice or an array of numbers
         episode = np.searchsorted(self.ends, rows, side="right")
         frames = np.empty((*rows.shape, *self.shape[1:]), np.uint8)
         for e in np.unique(episode):
@@ -104,7 +103,7 @@ SHELLS = ("models.", "dinov2.", "torch.nn.modules.", "torch.optim.", "torch.devi
 
 
 class Shell:
-    """It stands where an object of the release stood; `state` is what that object would have been given."""
+    """It stands where an object of the release stood. `state` is what that object would have been restored from."""
 
     def __init__(self, *args):
         self.state = None
@@ -114,7 +113,7 @@ class Shell:
 
 
 def read_pickle(path):
-    """What torch.save wrote to a file, with shells in place of modules and optimisers. It executes nothing of it."""
+    """Reads what torch.save wrote to a file, with shells in place of modules and optimisers, and executes nothing."""
     dtypes = {"Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16}
     dtypes |= {"Long": torch.int64, "Int": torch.int32, "Bool": torch.bool, "Byte": torch.uint8}
     known = {
@@ -160,7 +159,7 @@ def state_dict(shell):
 
 # ---- The run -------------------------------------------------------------------------------------
 
-# What these settings may be, and for the encoder what it is called here
+# The values that we can read of these settings; for the encoder, with the names that they have here
 KNOWN = {"env.name": ["point_maze"], "encoder._target_": ["models.dino.DinoV2Encoder"], "num_pred": ["1"]}
 KNOWN["encoder.feature_key"] = {"x_norm_patchtokens": "dinov2", "x_norm_clstoken": "dino_cls"}
 KNOWN["encoder.name"] = {"dinov2_vits14": "small", "dinov2_vitb14": "base", "dinov2_vitl14": "large"}
@@ -173,8 +172,8 @@ NAMES += [(r"\.0\.to_out\.0\.", ".0.to_out."), (r"\.1\.net\.", ".1.")]
 
 
 def read_run(run):
-    """A released run's settings, which are the dictionary in its hydra.yaml; its tensors by part, {"predictor": {name:
-    tensor}, ...}, under our names; and their file. The part "encoder" is there only if it was trained."""
+    """Returns the settings in a released run's hydra.yaml, a dictionary; its tensors by part, under our names,
+    {"predictor": {name: tensor}, ...}; and their file. There is a part "encoder" only if the encoder was trained."""
     path, checkpoint = Path(run, "hydra.yaml"), Path(run, "checkpoints", "model_latest.pth")
     try:
         settings = yaml.safe_load(path.read_text())
@@ -192,8 +191,8 @@ def read_run(run):
 
 
 def load_released_model(run, device="cpu", data=None, weights=None):
-    """The world model in the folder of a released run, in eval mode. The run lacks its statistics, which are those of
-    the data set `data` (default: where its hydra.yaml has it), and the `weights` of its frozen encoder."""
+    """The world model in the folder of a released run, in eval mode. What the run lacks is given: the data set `data`,
+    for its statistics (default: the one that hydra.yaml names), and the pretrained `weights` of its frozen encoder."""
     settings, parts, checkpoint = read_run(run)
 
     def get(name):  # settings["a"]["b"] for the name "a.b"
@@ -233,8 +232,8 @@ def main():
     add = parser.add_argument
     add("path", type=Path, help="a released data set or run, which is described unless --convert is given")
     add("--convert", type=Path, metavar="DIR", help="write the released run to this new folder, as a run of ours")
-    add("--data", help="data set that a run to convert normalises by (default: where its hydra.yaml has it)")
-    add("--weights", help="pretrained weights for the encoder of a run to convert, which lacks them; as in train.py")
+    add("--data", help="data set whose statistics the converted run uses (default: the one that hydra.yaml names)")
+    add("--weights", help="pretrained weights for the encoder of the converted run, as in train.py")
     args = parser.parse_args()
     if args.convert:
         if args.convert.exists():

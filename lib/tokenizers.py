@@ -1,4 +1,4 @@
-"""DINO-Tok and VFM-VAE: tokenizers that learn on top of a frozen backbone. They turn its features after the blocks
+"""The tokenizers DINO-Tok and VFM-VAE learn on top of a frozen backbone. They turn its features after the blocks
 `.layers` (0 is the patch embedding, -1 the normed output) into tokens of `.dim` numbers.
 
     tokenizer.fit(see, frames, device, seed)        see(uint8 frames (n, H, W, 3)) -> images (n, 3, s, s), features
@@ -16,22 +16,22 @@ from lib.common import fit
 
 
 def spread(see, frames):
-    """Yields the features of at most 500 of the frames, which are spread evenly, for 50 of them at a time."""
+    """Yields the features of at most 500 evenly spread frames, 50 frames at a time."""
     frames = frames[:: -(-len(frames) // 500)]
     return (see(frames[i : i + 50])[1] for i in range(0, len(frames), 50))
 
 
 class DINOTok(nn.Module):
     """DINO-Tok (Jia et al., 2025, arXiv:2511.20565). Shallow features keep detail and deep ones keep meaning. Joined,
-    they are an "information-complete" latent, which is projected on a global PCA. The VQ form quantises it as well.
+    they are an "information-complete" latent. It is projected on a global PCA, and the VQ form quantises it as well.
 
         z_b = V_b^T (f_b - m_b) / s_b       b = shallow, deep; V_b: the first dim/2 principal axes over all frames
         token = [z_shallow, z_deep]         s_b: one number, so that both branches are equally loud
         token = [c_shallow, c_deep]         VQ: each half becomes the nearest centre of its codebook
 
-    Nothing is whitened: as the paper's global PCA intends, the leading components of a branch dominate every distance.
+    Nothing is whitened, so that the leading components of a branch dominate every distance, as the paper intends.
     Deviation: the paper trains its codebooks and a decoder on ImageNet, and has released neither code nor weights.
-    Here the axes are exact, the codebooks are k-means centres, both are of our own frames, and nothing is decoded.
+    Here the axes are exact and the codebooks are k-means centres, both of our own frames. There is no decoder.
     The shallow layer (after a third of the blocks), `dim` and the size of the codebooks are our choices."""
 
     def __init__(self, dim_in, num_blocks, dim=64, codes=0):
@@ -42,7 +42,7 @@ class DINOTok(nn.Module):
         self.register_buffer("codebooks", torch.zeros(2, codes, dim // 2))
 
     def fit(self, see, frames, device, seed):
-        """Computes the axes, and with `codes` the codebooks, from 500 of the uint8 frames (S, H, W, 3)."""
+        """Computes the axes, and the codebooks if there are any, from 500 of the uint8 frames (S, H, W, 3)."""
         self.to(device)
         f = torch.cat([torch.stack(some).flatten(1, 2) for some in spread(see, frames)], dim=1)  # (2, S * N, d)
         self.mean.copy_(f.mean(1, keepdim=True))
@@ -68,7 +68,7 @@ def kmeans(x, k, seed):
     from scipy.cluster.vq import kmeans2  # here, since the import takes a third of a second
 
     index = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:50_000]
-    index = index.repeat(-(-k // len(index)))  # every centre begins at a point, and there may be fewer points
+    index = index.repeat(-(-k // len(index)))  # each centre begins at a point, so there must be at least k
     with warnings.catch_warnings(action="ignore"):  # the centre of an empty cluster stays where it was
         centres, _ = kmeans2(x[index.to(x.device)].cpu().numpy(), k, iter=20, minit="points", seed=seed)
     return torch.from_numpy(centres)
@@ -82,8 +82,8 @@ class VFMVAE(nn.Module):
         z = mu + exp(logvar / 2) eps                                                      (B, N, dim)
         L = |x^ - x| + 0.1 sum_s |x^_s - x_s| + 1e-6 KL(q(z|x) || N(0, 1)) + 0.1 (1 - cos(W_z z, f_3))
 
-    x^_s is the picture at a coarser scale. Layers, widths and the factors of L1, scales and KL are the release's
-    (github.com/tianciB/VFM-VAE, f16d32), linear maps its `conv` variant. A token is the standardised posterior mean.
+    x^_s is the picture at a coarser scale. A token is the standardised posterior mean. The layers, the widths and the
+    first three factors are the release's (github.com/tianciB/VFM-VAE, f16d32); the linear maps are its `conv` variant.
     Deviation: DINOv2 stands for SigLIP 2, and the decoder is a smaller one. The alignment with f_3 has a fixed factor
     and no distance matrix. There is no equivariance term, LPIPS or discriminator, so the pictures are blurrier."""
 
@@ -97,9 +97,8 @@ class VFMVAE(nn.Module):
         self.register_buffer("scale", torch.ones(dim))
 
     def posterior(self, features):
-        """Three (B, N, d) -> mu and logvar, each (B, N, dim)."""
-        levels = [level(f) for level, f in zip(self.levels, features, strict=True)]
-        return self.to_latent(torch.cat(levels, -1)).chunk(2, -1)
+        levels = [level(f) for level, f in zip(self.levels, features, strict=True)]  # three (B, N, 64)
+        return self.to_latent(torch.cat(levels, -1)).chunk(2, -1)  # mu and logvar, each (B, N, dim)
 
     def loss(self, images, features):
         mu, logvar = self.posterior(features)
@@ -129,9 +128,9 @@ class VFMVAE(nn.Module):
 
 
 class FusionDecoder(nn.Module):
-    """z (B, dim, s, s) -> images of s, 2s, 4s and 8s pixels: multi-scale latent fusion, progressive reconstruction.
-    Each scale sees z itself (a convolution whose channels are shuffled into pixels) beside the output of the scale
-    below, and adds its own detail. Deviation: the paper's attention and its modulation by the pooled z are left out."""
+    """z (B, dim, s, s) -> pictures of s, 2s, 4s and 8s pixels, each of which adds detail to the one before it. Each
+    scale sees z itself, through a convolution whose channels are shuffled into pixels, and the scale below it.
+    Deviation: the paper's attention and its modulation by the pooled z are left out."""
 
     def __init__(self, dim, widths=(128, 64, 32, 16)):
         super().__init__()
@@ -143,10 +142,10 @@ class FusionDecoder(nn.Module):
             self.to_rgb.append(nn.Conv2d(width, 3, 1))
 
     def forward(self, z):
-        x, picture, pictures = None, 0.5, []
-        for fuse, block, to_rgb in zip(self.fuse, self.blocks, self.to_rgb, strict=True):
-            if pictures:
-                x, picture = (F.interpolate(t, scale_factor=2, mode="bilinear") for t in (x, pictures[-1]))
-            x = block(torch.cat([x, fuse(z)], 1) if pictures else fuse(z))
+        x = self.blocks[0](self.fuse[0](z))
+        pictures = [0.5 + self.to_rgb[0](x)]
+        for fuse, block, to_rgb in zip(self.fuse[1:], self.blocks[1:], self.to_rgb[1:], strict=True):
+            x, picture = (F.interpolate(t, scale_factor=2, mode="bilinear") for t in (x, pictures[-1]))
+            x = block(torch.cat([x, fuse(z)], 1))
             pictures.append(picture + to_rgb(x))
         return pictures

@@ -1,5 +1,5 @@
-"""V-JEPA 2's pretraining (Assran et al., 2025, arXiv:2506.09985, section 2.1). A part of each clip is hidden, and is
-predicted from the rest. The target is not the hidden pixels, but their tokens from a slow copy of the encoder itself.
+"""V-JEPA 2's pretraining (Assran et al., 2025, arXiv:2506.09985, section 2.1). A part of each clip is hidden and then
+predicted from the rest. The target is not the hidden pixels, but the tokens that a slow copy of the encoder gives them.
 
     L = mean |P(E(x_seen), m) - sg(LN(E'(x)))|         over the hidden places
     E' <- momentum E' + (1 - momentum) E
@@ -16,13 +16,13 @@ from torch import nn
 
 from lib.common import fit
 
-MASKS = (8, 0.15, 0.5), (2, 0.7, 0.5)  # how many boxes hide a clip, their share of a frame, their share of the clip
+MASKS = (8, 0.15, 0.5), (2, 0.7, 0.5)  # the arguments blocks, area and duration of `block_masks`
 
 
 def rotary_angles(position, head_dim, released=False):
-    """cos and sin (..., L, head_dim) of the angles that belong to positions (..., L, 3) in time, row and column. A head
-    is cut into three even sections, one for each of them, and the rest of it is not rotated. With `released`, the two
-    numbers of a pair turn by different angles: V-JEPA 2's weights were trained with this slip."""
+    """cos and sin (..., L, head_dim) of the angles that belong to positions (..., L, 3) in time, row and column. Each
+    of the three turns its own third of a head, rounded down to pairs; the rest is not rotated. With `released`, the
+    two numbers of a pair turn by different angles, a slip with which V-JEPA 2's weights were trained."""
     section = 2 * (head_dim // 3 // 2)
     omega = 10000.0 ** (-torch.arange(section // 2, device=position.device) / (section / 2))
     angle = position[..., None] * omega  # (..., L, 3, section / 2)
@@ -38,8 +38,8 @@ def rotate(x, cos, sin):
 
 
 def attend(q, k, v, mask=None, past=None, dropout=0.0):
-    """Attention of the queries q to the keys k and the values v, each (B, heads, L, head_dim). If `past` is given, the
-    keys and values of earlier tokens, they come first. Returns all keys and values, too: the `past` of a next call."""
+    """Attention of the queries q to the keys k and the values v, each (B, heads, L, head_dim), after those of earlier
+    tokens, `past`. Returns all keys and values, too, which are the `past` of the next call."""
     if past is not None:
         k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
     return F.scaled_dot_product_attention(q, k, v, mask, dropout), (k, v)
@@ -81,8 +81,8 @@ class RotaryTransformer(nn.Module):
 
 
 class VideoViT(nn.Module):
-    """Clips (B, T, 3, s, s) -> tokens (B, L, dim), one for each tubelet of 2 x patch x patch pixels. With places `keep`
-    (B, L') it sees only the tubelets that are there, and gives (B, L', dim)."""
+    """Clips (B, T, 3, s, s) -> tokens (B, L, dim), one for each tubelet of 2 x patch x patch pixels. If `keep` (B, L')
+    is given, it sees only the tubelets at these places, and gives (B, L', dim)."""
 
     def __init__(self, grid, patch, dim, depth, heads):
         super().__init__()
@@ -105,29 +105,28 @@ class MaskedPredictor(nn.Module):
         self.transformer = RotaryTransformer(grid, width, depth, heads)
 
     def forward(self, tokens, context, target):
-        x = torch.cat([self.embed(tokens), self.mask_token.expand(*target.shape, -1)], 1)  # rotation adds the places
+        x = torch.cat([self.embed(tokens), self.mask_token.expand(*target.shape, -1)], 1)
         return self.proj(self.transformer(x, torch.cat([context, target], 1))[:, -target.shape[1] :])
 
 
 def block_masks(count, grid, blocks, area, duration):
     """Draws the places that the encoder sees, (count, L'), and those that are hidden, (count, M), for `count` clips.
 
-    In a clip's grid of (T, side, side) tokens, `blocks` boxes at random places hide what they cover, the share `area`
-    of a frame and `duration` of the clip. As in the release, all boxes of a batch have one shape, and every clip keeps
-    as many seen and as many hidden places as the clip that has the fewest."""
-    T, side, _ = grid
-    place = torch.cartesian_prod(*map(torch.arange, grid))  # (T * side^2, 3)
+    In a clip's grid of (T, side, side) tokens, `blocks` boxes at random places hide what they cover. Each covers the
+    share `area` of a frame and `duration` of the clip. As in the release, all boxes of a batch have the same shape, and
+    every clip keeps as many seen and as many hidden places as the clip that has the fewest of them."""
+    place, grid = torch.cartesian_prod(*map(torch.arange, grid)), torch.tensor(grid)  # (T * side^2, 3) and (3,)
     aspect = torch.empty(()).uniform_(0.75, 1.5)
-    size = torch.stack([torch.tensor(duration * T), side * (area * aspect).sqrt(), side * (area / aspect).sqrt()])
-    size = size.round().clamp(torch.ones(3), torch.tensor(grid))
-    start = (torch.rand(count, blocks, 1, 3) * (torch.tensor(grid) - size + 1)).floor()
+    share = torch.stack([torch.tensor(duration), (area * aspect).sqrt(), (area / aspect).sqrt()])
+    size = (grid * share).round().clamp(torch.ones(3), grid)
+    start = (torch.rand(count, blocks, 1, 3) * (grid - size + 1)).floor()
     hidden = ((place >= start) & (place < start + size)).all(-1).any(1)  # (count, T * side^2)
     order = (hidden + torch.rand(hidden.shape)).argsort(1)  # the seen places come first; both kinds are shuffled
     return order[:, : (~hidden).sum(1).min()], order[:, len(place) - hidden.sum(1).min() :]
 
 
 def pretrain(average, draw, grid, steps, momentum, seed=0, lr=1e-3):
-    """Trains the video ViT `average` (E') in place. `draw()` gives clips (B, T, 3, s, s) with `grid` tokens each."""
+    """Trains the video ViT `average` (E') in place. `draw()` returns clips (B, T, 3, s, s), each a `grid` of tokens."""
     encoder, dim = copy.deepcopy(average).requires_grad_(True), average.embed.out_channels
     predictor = MaskedPredictor(grid, dim, dim, depth=2, heads=2).to(average.embed.weight.device)
 

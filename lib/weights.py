@@ -1,5 +1,5 @@
-"""Pretrained weights of an encoder, in any of the released formats, from a file, a folder or the Hugging Face hub. The
-tensors get the names that the model here uses, and they are loaded only if they fit it exactly."""
+"""Loads the pretrained weights of an encoder, in any released format, from a file, a folder or the Hugging Face hub.
+The tensors get the names that the model here uses, and they are loaded only if they fit it exactly."""
 
 import math
 import re
@@ -24,7 +24,7 @@ def load_weights(model, weights, repository, names):
         raise UserError("R3M's weights are on no hub: download model.pt as R3M's README says, and give --weights PATH")
     state = {}
     for path in weight_files(weights or repository):
-        try:  # neither executes a pickle
+        try:  # neither way of loading executes a pickle
             state |= load_file(path) if path.suffix == ".safetensors" else load_tensors(path)
         except SafetensorError:
             raise UserError(f"{path} is damaged, or is not a safetensors file") from None
@@ -101,7 +101,7 @@ VJEPA2_RULES = [
 
 
 def rename(state, rules, drop="(?!)"):
-    """Applies the regular expressions `rules` to every key, in order, and leaves out the keys that match `drop`."""
+    """Leaves out the keys that match `drop`, and applies the regular expressions `rules` to the others, in order."""
     state = {key: tensor for key, tensor in state.items() if not re.search(drop, key)}
     for pattern, new in rules:
         state = {re.sub(pattern, new, key): tensor for key, tensor in state.items()}
@@ -115,24 +115,23 @@ def vit_names(vit, state):
     state = rename(state, VIT_RULES, drop=unused)
     dinov3, no_bias = "pos_embed" not in state, not any(re.search(r"\.attn\.q.*bias$", key) for key in state)
     for attn in (f"blocks.{i}.attn." for i in range(len(vit.blocks))):
-        if dinov3 and f"{attn}q.bias" in state:  # its keys have no bias: the original code multiplies it by zeros
-            state[f"{attn}k.bias"] = torch.zeros_like(state[f"{attn}q.bias"])
         for kind in ("weight", "bias"):
             parts = [f"{attn}{part}.{kind}" for part in "qkv"]
             if state.keys() >= set(parts):
                 state[f"{attn}qkv.{kind}"] = torch.cat([state.pop(part) for part in parts])
         if dinov3 and no_bias:  # some of timm's files leave the biases out: they are zeros
             state[f"{attn}qkv.bias"] = torch.zeros(3 * vit.embed_dim)
-        if dinov3 and f"{attn}qkv.bias" in state:
+        if dinov3 and f"{attn}qkv.bias" in state:  # its keys have no bias: the original code multiplies it by zeros
             state[f"{attn}q_bias"], _, state[f"{attn}v_bias"] = state.pop(f"{attn}qkv.bias").chunk(3)
     if not dinov3:
         return state | {"pos_embed": resample_positions(state["pos_embed"], vit)}
-    return rename(state, [(r"^storage_tokens$", "reg_token"), (r"\.ls(\d)\.gamma$", r".gamma_\1")])
+    rules = [(r"^storage_tokens$", "reg_token"), (r"\.ls(\d)\.gamma$", r".gamma_\1"), (r"\.(q|v)\.bias$", r".\1_bias")]
+    return rename(state, rules)
 
 
 def resample_positions(positions, vit):
-    """Resamples DINOv2's position embeddings (1, 1 + M^2, d) to the number that `vit` has, as its own
-    `interpolate_pos_encoding` does: bicubic, without antialias, with the offset of 0.1 of its authors' tests."""
+    """Resamples DINOv2's position embeddings (1, 1 + M^2, d) to as many as `vit` has. Like DINOv2's own function
+    `interpolate_pos_encoding` it is bicubic, without antialias, and adds an offset of 0.1 to the new size."""
     old, new = (math.isqrt(count - 1) for count in (positions.shape[1], vit.pos_embed.shape[1]))
     if old == new:
         return positions
@@ -146,9 +145,9 @@ def vjepa2_names(state):
     facebookresearch/vjepa2; convert_vjepa2_to_hf.py in huggingface/transformers."""
     if "encoder" in state:  # the original file holds {"encoder", "predictor", "opt", "epoch", ...}
         state = rename(state["encoder"], VJEPA2_RULES, drop="pos_embed$")  # its rotary positions leave it unused
-        for key in [k for k in state if ".qkv." in k]:
-            parts = zip(("query", "key", "value"), state.pop(key).chunk(3), strict=True)
-            state |= {key.replace("qkv", name): part for name, part in parts}
+        for key in [key for key in state if ".qkv." in key]:
+            for name, part in zip(("query", "key", "value"), state.pop(key).chunk(3), strict=True):
+                state[key.replace("qkv", name)] = part
     return rename(state, [(r"^encoder\.", "")], drop=r"^predictor\.")
 
 

@@ -19,7 +19,7 @@ from lib.pointmaze import PointMaze, PointMazeD4RL, observation_space
 
 
 class Screen(gym.Wrapper):
-    """An environment that is known by its frames alone: the upper `shown` of its screen, averaged down."""
+    """An environment that is known by its frames alone: the upper part `shown` of its screen, scaled down."""
 
     def __init__(self, env, img_size, shown):
         super().__init__(env)
@@ -43,18 +43,16 @@ class CarRacing(Screen):
     """
 
     def __init__(self, img_size=64):
-        try:
-            import Box2D  # noqa: F401  (without it Gymnasium's own message is a page long)
-            from gymnasium.envs.box2d import car_racing
-        except ImportError:
-            raise UserError("carracing needs Box2D: pip install 'gymnasium[box2d]'") from None
+        import Box2D  # noqa: F401  (without it Gymnasium's own message is a page long)
+        from gymnasium.envs.box2d import car_racing
+
         env = gym.make("CarRacing-v3", max_episode_steps=1000, disable_env_checker=True)  # it would miss the bar
         super().__init__(env, img_size, shown=1)
         self.gymnasium, self.road, self.env.unwrapped._render = car_racing, None, self.draw
 
     def draw(self, mode):
-        """The upper 84 of Gymnasium's 96 rows, as the paper's code crops them: equal to the pixel, in a third of the
-        time. Gymnasium turns some 700 polygons one by one and typesets a score that nobody reads."""
+        """Draws the upper 84 of Gymnasium's 96 rows, which the paper's code keeps. Every pixel is Gymnasium's, in a
+        third of the time: Gymnasium turns some 700 polygons one by one and typesets a score that nobody reads."""
         env, made, pygame = self.env.unwrapped, self.gymnasium, self.gymnasium.pygame
         width, height = made.WINDOW_W, made.WINDOW_H
         env.surf = pygame.Surface((width, height))
@@ -70,7 +68,7 @@ class CarRacing(Screen):
         return pygame.surfarray.array3d(small).swapaxes(0, 1)
 
     def draw_road(self, surface, zoom, shift, angle):
-        """Draws field, grass and road. The polygons are turned all at once, and those off screen are left out."""
+        """Draws field, grass and road. It turns all polygons at once, and leaves out those that are off screen."""
         env, made = self.env.unwrapped, self.gymnasium
         if self.road is not env.road_poly:  # a new track
             self.road = env.road_poly
@@ -112,10 +110,8 @@ class TakeCover(Screen):
     """
 
     def __init__(self, img_size=64):
-        try:
-            import vizdoom.gymnasium_wrapper  # noqa: F401  (registers the environments)
-        except ImportError:
-            raise UserError("takecover needs ViZDoom: pip install vizdoom") from None
+        import vizdoom.gymnasium_wrapper  # noqa: F401  (registers the environments)
+
         super().__init__(gym.make("VizdoomTakeCover-v1", max_episode_steps=2100), img_size, 400 / 480)  # as in its code
         self.action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
 
@@ -176,13 +172,15 @@ ENVIRONMENTS = {
 
 
 def make_env(name, img_size=64, shift=None):
-    """The environment called `name`, with frames of img_size x img_size pixels. `shift`, one of SHIFTS, changes how a
-    maze appears."""
+    """The environment called `name`, with frames of `img_size` pixels a side. `shift`, one of SHIFTS, is for mazes."""
     if name not in ENVIRONMENTS:
         raise UserError(f"unknown environment '{name}'; known: {', '.join(ENVIRONMENTS)}")
     if shift and not name.startswith("pointmaze"):
         raise UserError(f"{name} has no other appearance: --shift is for the mazes")
-    return ENVIRONMENTS[name](img_size=img_size, **{"shift": shift} if shift else {})
+    try:
+        return ENVIRONMENTS[name](img_size=img_size, **{"shift": shift} if shift else {})
+    except ModuleNotFoundError as error:
+        raise UserError(f"{name} needs {error.name}: pip install -r requirements.txt") from None
 
 
 # ---- Episodes ------------------------------------------------------------------------------------
@@ -213,7 +211,7 @@ class RandomPolicy:
 
 
 def rollout(env, obs, policy, steps, frameskip=1, patience=math.inf):
-    """One episode of `policy(obs)`, which starts at the observation `obs`.
+    """Plays one episode, in which `policy(obs)` acts from the first observation `obs` on.
 
     Returns {"frames", "states", "actions", "rewards", "dones"}: arrays with a row per model step, which is `frameskip`
     environment steps. Frames between two rows are never rendered. The episode is cut short after `patience` rows
@@ -241,7 +239,7 @@ class EpisodePool(contextlib.ExitStack):
     """A pool of processes, each with an environment of its own, that play episodes.
 
     A job is {"who", "seed", "steps"} and, if wanted, {"frameskip", "patience"} for `rollout`. `who` is the kind of a
-    random policy, or what `make_policies(*args)`, called once in each process, takes: (who, seed) -> policy.
+    random policy. Anything else is for `make_policy(who, seed)`, which each process gets from `make_policies(*args)`.
     """
 
     def __init__(self, workers, env, img_size, make_policies=None, *args):
