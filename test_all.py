@@ -2081,7 +2081,7 @@ train --predictor vjepa2_ac --sizes heads=5               | width=128 is not a m
 train --predictor vjepa2_ac --predictor-weights x.pt      | no file at x.pt
 train --predictor rwm --encoder patches --rollout-steps 1 | takes one token a frame, not 16: try --encoder pca or state
 train --sizes concat_dim=0 --variant paper                | wants proprio (0) and action (32) to be 32 wide
-train --decoder vq                                        | here is one token a frame: --decoder plain
+train --decoder vq                                        | a frame has one token: use --decoder plain
 train --name ..                                           | --name .. is not a folder below runs/: choose another --name
 train --name /tmp/abs                                     | --name /tmp/abs is not a folder below runs/
 plan --ckpt missing                                       | no checkpoint at missing/model.pt
