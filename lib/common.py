@@ -389,7 +389,7 @@ def _begin_worker(initializer, initargs):
 
 def keep_freed_memory():
     """Tells glibc to keep freed memory. Planning on a CPU needs the same large blocks over and over, and new pages for
-    them took a twentieth of its time. Nothing changes where there is another C library."""
+    them took a fifth of the time of imagining. Nothing changes where there is another C library."""
     with contextlib.suppress(OSError, AttributeError):
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
             ctypes.CDLL("libc.so.6").mallopt(option, value)
