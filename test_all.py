@@ -52,6 +52,7 @@ from lib.weights import load_weights, resnet_names, vit_names, vjepa2_names
 from lib.worlds import make_env
 
 close = torch.testing.assert_close
+torch.set_num_threads(1)  # in every process: sums of two threads round otherwise than those of one
 
 
 @pytest.fixture(autouse=True)
