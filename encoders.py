@@ -4,7 +4,12 @@
     encoder.fit(frames (S, H, W, 3) uint8, seed)          only some have it; frames: clips of .clip_frames each
     encoder(images (B, 3, h, w) in [0, 1]) -> (B, N, d)   resizes and normalises inside; never trains
 
-Some learn from our own frames, some are pretrained, and some do both. ENCODERS lists them all.
+    learned on our frames      pca  vae  vae_map  vjepa_tiny         no download
+    scaled to our frames       patches                               no download
+    pretrained, as they are    dinov2  dinov2_imagenet  dino_cls  dinov3  vjepa2  resnet18  resnet18_map  r3m
+    pretrained, then learned   dino_tok  dino_tok_vq  vfm_vae        on DINOv2, the baseline's own backbone
+    no image at all            state                                 the true state is the token
+
 Every image is resized whole (bilinear, antialias) and never cropped, because the border of a frame is part of the
 world. Pretrained encoders normalise pixels by ImageNet's statistics; `dinov2` and `dino_cls` use DINO-WM's 0.5.
 
@@ -386,6 +391,9 @@ class TokenizerEncoder(FrozenEncoder):
         return self.tokenizer(self.features(images))  # (B, N, d)
 
 
+# ---- The builder ---------------------------------------------------------------------------------
+
+
 class Entry(NamedTuple):
     """How an encoder is built, and what its weights are."""
 
@@ -403,6 +411,7 @@ ENCODERS = {
     "patches": Entry(lambda name, img_size, *_: PatchEncoder(img_size), 64),
     "state": Entry(lambda *_: StateEncoder(), 64),
     "dinov2": Entry(partial(ViTEncoder, model=DINOV2, pixels=DINO_WM), 196, SIZES, "Apache-2.0"),
+    # DINOv2 with its authors' own normalisation, to compare with DINO-WM's above and with dino_tok and vfm_vae below
     "dinov2_imagenet": Entry(partial(ViTEncoder, model=DINOV2, pixels=IMAGENET), 196, SIZES, "Apache-2.0"),
     "dino_cls": Entry(partial(ViTEncoder, model=DINOV2, pixels=DINO_WM, cls=True), 196, SIZES, "Apache-2.0"),
     "dinov3": Entry(partial(ViTEncoder, model=DINOV3, pixels=IMAGENET), 224, SIZES, "DINOv3 licence"),

@@ -360,16 +360,16 @@ def write_films(out, model, worlds, device):
 def write_table(results, path):
     """A row for each planner and number of plans: what it searches, and how often it is at the goal by then."""
     controls = next(iter(results.values()))["controls"]
-    header = ["planner", "search per plan", "plans × model steps", "success [95 %]", *controls, "seconds per plan"]
+    header = ["planner", "search per plan", "plans × model steps", "success [95 %]", *controls, "seconds in all"]
     rows = [header, ["---"] * len(header)]
     for planner, result in results.items():
-        args, seconds = result["args"], result["seconds"] / len(result["interval"])
+        args = result["args"]
         search = "gradient steps" if planner.endswith("gd") else f"× {args['num_samples']} candidates"
         for k, (low, high) in enumerate(result["interval"]):
             row = [f"`{planner}`", f"{args['opt_steps']} {search}", f"{k + 1} × {args['n_taken_actions']}"]
             row += [f"{result['success_by_iter'][k]:.2f} [{low:.2f}, {high:.2f}]"]
             row += [f"{rates[k]:.2f}" for rates in result["controls"].values()]
-            rows.append([*row, f"{seconds:.1f}"])
+            rows.append([*row, f"{result['seconds']:.0f}"])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
     common.write_atomic(path, table)
     print("\n" + table, end="")
@@ -390,7 +390,7 @@ PLANNER_ARGS = {
     "temperature": (0.1, common.above_zero, "temperature of mppi, in standard deviations of the candidates' costs"),
     "lr": (1.0, common.above_zero, "learning rate of gd"),
     "action_noise": (0.003, common.number(float, 0, 1e3), "noise that gd adds at each step"),
-    "sample_type": ("randn", lambda word: common.names(("randn", "zero"))(word)[0], "what gd starts from"),
+    "sample_type": ("randn", common.choice("randn", "zero"), "what gd starts from"),
 }
 
 
@@ -400,7 +400,13 @@ def get_args(argv=None):
     add("--ckpt", help="the run to plan with, ours or released by DINO-WM (default: the newest under runs/)")
     add("--weights", help="pretrained weights for the encoder of a released run, which lacks them; as in train.py")
     add("--data", help="data set of --goal-source dset, and of a released run's statistics (default: the run's own)")
-    add("--seed", type=common.seed_number, nargs="+", default=[99], help="for the problems; the planner uses the first")
+    add(
+        "--seed",
+        type=common.seed_number,
+        nargs="+",
+        default=[99],
+        help="seeds of the problems; the planner uses the first",
+    )
     add("--n-evals", type=positive, default=50, help="number of problems per seed; those of all seeds are pooled")
     add("--shift", choices=SHIFTS, help="let the world appear otherwise than in training")
     sources = "random_state: random start and goal states; dset: both from a validation episode, goal_H model steps "
@@ -415,7 +421,7 @@ def get_args(argv=None):
     add("--n-taken-actions", type=positive, help="model steps before replanning (default: goal_H; paper's variant: 1)")
     add("--history", type=positive, help="true frames that imagination starts from (default: 1; paper's: num_hist)")
     add("--max-iter", type=positive, help="MPC iterations (default: as many as make 10 goal_H model steps)")
-    add("--objective", choices=("last", "all"), default="last", help="which imagined frames should be like the goal")
+    add("--objective", choices=("last", "all"), default="last", help="imagined frames that should be like the goal")
     add("--num-samples", type=positive, default=300, help="number of candidates of cem, icem and mppi")
     add("--topk", type=positive, default=30, help="number of elites of cem and icem")
     add("--opt-steps", type=positive, help="iterations per plan (default: 10; for gd 1000)")

@@ -40,8 +40,8 @@ def train(args):
     dataset = data.open_dataset(args.data) if args.data else None
     meta = dataset.meta if dataset else {}
     env, img_size = args.env or meta.get("env", "pointmaze"), args.img_size or meta.get("img_size", 64)
-    variants = [args.predictor] * (args.predictor != "vit") + [args.variant] * (args.variant == "paper")
-    directory = common.output_folder("runs", args.name or "_".join([env, args.encoder, *variants]))
+    kinds = [kind for kind in (args.predictor, args.variant) if kind not in ("vit", "repository")]
+    directory = common.output_folder("runs", args.name or "_".join([env, args.encoder, *kinds]))
     device = torch.device(args.device)
 
     # a run that is there goes on with the flags that it was begun with
@@ -81,7 +81,9 @@ def train(args):
         model.predictor.load_released(args.predictor_weights)
     decoder = [] if model.decoder is None else list(model.decoder.parameters())
     rest = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("decoder.")]
-    groups = [{"params": rest}] + [{"params": decoder, "lr": DECODER_LR, "weight_decay": 0.0}] * bool(decoder)
+    groups = [{"params": rest}]
+    if decoder:
+        groups.append({"params": decoder, "lr": DECODER_LR, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(groups, lr=args.lr)
 
     # the budget
@@ -111,7 +113,7 @@ def train(args):
         order = torch.randperm(len(train_windows)).numpy()[: steps * batch_size]
         model.train()
         start, total = time.perf_counter(), torch.zeros((), device=device)
-        for batch in train_windows.batches(order, tokens, batch_size, device, frames=int(bool(decoder))):
+        for batch in train_windows.batches(order, tokens, batch_size, device, frames=1 if decoder else 0):
             decoder_loss = 0.0
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 loss, _ = model.loss(batch, args.rollout_steps)
@@ -248,14 +250,17 @@ def get_args(argv=None):
     add("--env", help="the world; its data are collected if they are not there (default: the data set's, or pointmaze)")
     add("--data", help="data set folder, ours or DINO-WM's point_maze (default: datasets/ENV, or datasets/ENV_SIZE)")
     add("--img-size", type=positive, help="side of the frames in the data set, in pixels (default: its own, or 64)")
-    add("--encoder", default="pca", help="turns a frame into tokens; python encoders.py lists them (and `state`)")
+    add("--encoder", default="pca", help="encoder of the frames: python encoders.py lists them, and `state` sees none")
     add("--encoder-img-size", type=positive, help="side to which the encoder resizes frames (default: its own)")
-    add("--weights", help="the encoder's: a file, folder or Hugging Face repository, or 'random' (default: pretrained)")
+    add(
+        "--weights",
+        help="the encoder's weights: a file, folder, hub repository or 'random' (default: the released)",
+    )
     add("--frameskip", type=positive, default=5, help="environment steps per model step")
     add("--num-hist", type=positive, default=3, help="number of frames that the transition model sees")
     add("--predictor", default="vit", choices=PREDICTORS, help="the transition model")
     add("--predictor-weights", metavar="PATH", help="released predictor from which vjepa2_ac starts")
-    add("--sizes", type=common.key_values(KNOWN_SIZES), default={}, help="the transition model's, as depth=2,heads=4")
+    add("--sizes", type=common.key_values(KNOWN_SIZES), default={}, help="sizes of the transition: depth=2,heads=4")
     add("--rollout-steps", type=positive, help="frames imagined in training (default: vit 1, rwm 8, vjepa2_ac 2)")
     variant = "follow DINO-WM's released code, or its text: DINOv2 sees 224 px, an MLP embeds actions, no proprio"
     add("--variant", choices=("repository", "paper"), default="repository", help=variant)

@@ -210,7 +210,7 @@ def main():
     add("--depth", type=positive, default=2, help="layers of the transition model")
     add("--drift", type=positive, default=10, help="number of model steps over which imagination is followed")
     for name, default in (TRAINING | PLANNING).items():
-        add(f"--{name.replace('_', '-')}", type=positive, default=default, help="as in train.py or plan.py")
+        add(f"--{name.replace('_', '-')}", type=positive, default=default, help="is passed on to train.py or plan.py")
     add("--workers", type=positive, help="number of runs at a time (default: one per core; 1 on a GPU)")
     add("--name", default="study", help="name of the study under runs/")
     add("--device", type=common.available_device, default=common.default_device(), help="where to compute")

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import shutil
-import sys
 from unittest import mock
 
 import imageio.v3 as imageio
@@ -11,54 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import train
 from encoders import build_encoder
 from extras import horizon, representation, tokens
 from lib import common, pictures
 from lib.worlds import make_env
 from predictor import WorldModel
-
-MODULES = {"horizon": horizon, "representation": representation, "tokens": tokens}
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    """The same random numbers in every run."""
-    torch.manual_seed(0)
-
-
-@pytest.fixture
-def script(monkeypatch, capsys):
-    """Runs a script's main in this process: script("horizon", "--steps", 4) -> (exit code, stdout, stderr)."""
-
-    def run(name, *argv):
-        monkeypatch.setattr(sys, "argv", [name, *map(str, argv)])
-        capsys.readouterr()
-        code = 0
-        try:
-            common.run_script(MODULES[name].main)
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def dataset(tmp_path_factory):
-    """Thirty short episodes of PointMaze."""
-    path = tmp_path_factory.mktemp("extras_data") / "pointmaze"
-    return data.collect(path, "pointmaze", episodes=30, steps=6, frameskip=5, img_size=64, seed=3, workers=2)
-
-
-@pytest.fixture
-def workplace(tmp_path, monkeypatch, dataset):
-    """An empty folder to run scripts in, with a data set of its own where they look for it."""
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(dataset.path, tmp_path / "datasets" / "pointmaze")
-    return tmp_path
-
 
 # ---------------------------------------------------------------------------------------------------------
 # horizon.py
@@ -86,7 +43,7 @@ def runs(tmp_path_factory, dataset):
 def test_each_transition_shows_its_horizon_error(workplace, script, runs):
     (workplace / "runs").symlink_to(runs)
     compared = [f"runs/{name}" for name in TRANSITIONS]
-    code, out, err = script("horizon", "--steps", 4, "--n-evals", 6, "--name", "error", "--ckpt", *compared)
+    code, out, err = script("extras.horizon", "--steps", 4, "--n-evals", 6, "--name", "error", "--ckpt", *compared)
     assert code == 0, err
     assert out.count("  copy") == out.count("  simulator") == 3
     assert (workplace / "plan_outputs" / "error" / "horizon_error.png").exists()
@@ -96,7 +53,7 @@ def test_each_transition_shows_its_horizon_error(workplace, script, runs):
         assert all(len(curve) == 4 and min(curve) > 0 for curve in by_name.values())
         assert by_name["simulator"][0] < 0.5 * by_name["copy"][0]
     flags = ["--steps", 4, "--n-evals", 6, "--name", "again", "--ckpt", "runs/rwm", "runs/vit"]
-    assert script("horizon", *flags)[0] == 0
+    assert script("extras.horizon", *flags)[0] == 0
     again = json.loads((workplace / "plan_outputs" / "again" / "horizon_error.json").read_text())["curves"]
     assert again == {run: curves[run] for run in again}  # the trajectories are the same, whoever is compared
 
@@ -125,7 +82,7 @@ def test_horizon_error_of_the_truth_is_zero(monkeypatch):
 def test_runs_of_different_worlds_have_no_common_horizon(workplace, script):
     for name, frameskip in (("a", 5), ("b", 1)):
         state_model(frameskip).save(f"runs/{name}")
-    code, _, err = script("horizon", "--ckpt", "runs/a", "runs/b", "--steps", 3)
+    code, _, err = script("extras.horizon", "--ckpt", "runs/a", "runs/b", "--steps", 3)
     assert code == 2 and "only runs of one environment, --img-size and --frameskip can be compared" in err
     assert not (workplace / "plan_outputs").exists()
 
@@ -147,7 +104,7 @@ def here(monkeypatch):
 
 
 def test_the_study_measures_every_run_once(workplace, script, here):
-    code, out, err = script("representation", *STUDY)
+    code, out, err = script("extras.representation", *STUDY)
     assert code == 0, err
     root = workplace / "runs" / "study"
     (row,) = [line for line in (root / "table.md").read_text().splitlines() if line.startswith("| pca |")]
@@ -163,16 +120,16 @@ def test_the_study_measures_every_run_once(workplace, script, here):
     stamps = {path: path.stat().st_mtime_ns for path in [*root.glob("*/study.json"), *root.glob("*/model.pt")]}
     lost = root / "pointmaze_pca_1" / "study.json"
     lost.unlink()
-    assert script("representation", *STUDY, "--encoder", "pca,patches")[0] == 0  # goes on, with one encoder more
+    assert script("extras.representation", *STUDY, "--encoder", "pca,patches")[0] == 0  # goes on, with one encoder more
     assert json.loads(lost.read_text())["success"] == result["success"]
     assert {path for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp} == {lost}
     assert "| patches | 16 × 64 |" in (root / "table.md").read_text()
-    code, _, err = script("representation", *STUDY, "--steps", 13)
+    code, _, err = script("extras.representation", *STUDY, "--steps", 13)
     assert code == 2 and "was begun with other flags (--steps 4)" in err
 
 
 def test_the_study_in_worker_processes(workplace, script):
-    code, _, err = script("representation", *STUDY, "--seeds", 0, "--max-iter", 1, "--name", "deep/own")
+    code, _, err = script("extras.representation", *STUDY, "--seeds", 0, "--max-iter", 1, "--name", "deep/own")
     assert code == 0, err
     assert "±" not in (workplace / "runs" / "deep" / "own" / "table.md").read_text()  # one seed has no interval
 
@@ -194,7 +151,9 @@ def test_linear_probe_and_intervals():
 
 def test_tokens_are_drawn_as_colours(workplace, script, monkeypatch):
     monkeypatch.setattr(tokens, "LENGTH", 4)
-    code, out, err = script("tokens", "--encoders", "pca,patches,r3m", "--data", "datasets/pointmaze", "--out", "out")
+    code, out, err = script(
+        "extras.tokens", "--encoders", "pca,patches,r3m", "--data", "datasets/pointmaze", "--out", "out"
+    )
     assert code == 0, err
     assert "left out: " in out  # r3m without weights: it is never random by itself
     assert imageio.imread("out/tokens.png").shape[0] == 450  # three rows
@@ -234,7 +193,7 @@ def test_frames_of_pointmaze_come_in_clips(monkeypatch):
 )
 def test_what_wrong_input_gets(command, message, script, workplace):
     before = sorted(workplace.rglob("*"))
-    code, _, err = script(*command.split())
+    code, _, err = script(*f"extras.{command}".split())
     assert code == 2 and message in err
     assert "Traceback" not in err and len(err.strip().splitlines()[-1]) < 300
     assert sorted(workplace.rglob("*")) == before  # nothing half-written

@@ -102,6 +102,11 @@ def names(known):
     return parse
 
 
+def choice(*known):
+    """The type of a value that is one of the words `known`."""
+    return lambda text: names(known)(text)[0]
+
+
 def key_values(known):
     """An `argparse` type: "depth=2,heads=4" becomes {"depth": 2, "heads": 4}. `known` is {name: type of its value}."""
 
@@ -145,7 +150,7 @@ def same_flags(directory, flags):
     before = read_json(path) if path.exists() else now
     if different := sorted(name for name in now.keys() | before.keys() if before.get(name) != now.get(name)):
         was = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}" for name in different)
-        cure = "give these, remove it, or choose another --name"
+        cure = "give these, remove it, or choose another folder"
         raise UserError(f"{directory} was begun with other flags ({was}): {cure}")
 
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 from lib import common
-from lib.common import UserError, names, positive
+from lib.common import UserError, positive
 
 # The paper's sizes (appendix A), with budgets for two CPU cores: an hour for takecover, one or two for carracing.
 # Those of pointmaze are not tuned. Unlike the paper's M of CarRacing ours predicts the reward, which the dream needs.
@@ -21,14 +21,13 @@ RECIPES = {
     | dict(z_dim=32, v_steps=4000, beta=0.1, hidden=256, heads="reward", restart=False, m_steps=1000)
     | dict(cell=False, bias=True, where="dream", tau=[1.0], popsize=32, trials=8, generations=40, score_trials=100),
 }
-SIZES = dict(z_dim=positive, hidden=positive, n_mix=positive)
-SIZES["mixture"] = lambda word: names(("vector", "dimension"))(word)[0]
+SIZES = dict(z_dim=positive, hidden=positive, n_mix=positive, mixture=common.choice("vector", "dimension"))
 RUN_FLAGS = ("env", "seed", "max_steps", "episodes", "sizes", "v_steps", "beta", "m_steps", "lr")  # of V and M
 
 
 def parse_args(argv, steps, description):
     """The flags of vae_mdnrnn.py, and the recipe's values where no flag is given. `steps` are its steps' names."""
-    parser = common.Parser(description=description, argument_default=argparse.SUPPRESS)
+    parser = common.Parser(description=description.split("\n")[0], argument_default=argparse.SUPPRESS)
     add = parser.add_argument
     add("step", choices=steps, metavar="step", help=", ".join(steps))
     add("--env", default="takecover", choices=RECIPES, help="the world; its recipe has the defaults of most flags")

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import types
 import zipfile
 from pathlib import Path
@@ -18,32 +17,13 @@ import yaml
 import data
 import plan
 import predictor
-import train
-from lib import common, released, worlds
+from lib import released, worlds
 from lib.common import UserError
 from lib.test_agreement import write_run
 from test_all import find_ball
 
-MODULES = {"train": train, "plan": plan, "released": released, "data": data}
 TINY = ["--epochs", "2", "--sizes", "depth=1,heads=2,mlp_dim=16", "--encoder", "patches"]
 BUDGET = ["--n-evals", 3, "--max-iter", 1, "--num-samples", 20, "--topk", 5, "--opt-steps", 2]
-
-
-@pytest.fixture
-def script(monkeypatch, capsys):
-    """Runs a script's main in this process: script("train", "--epochs", 1) -> (exit code, stdout, stderr)."""
-
-    def run(name, *argv):
-        monkeypatch.setattr(sys, "argv", [name, *map(str, argv)])
-        capsys.readouterr()
-        code = 0
-        try:
-            common.run_script((lambda: train.train(train.get_args())) if name == "train" else MODULES[name].main)
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
@@ -195,7 +175,7 @@ def test_the_released_data_set_trains_plans_and_is_described(archive, script):
         assert code == 0, err
     results = json.loads(Path("plan_outputs/tiny/results.json").read_text())
     assert results["n_evals"] == 3 and len(results["success_by_iter"]) == 1
-    code, out, _ = script("released", archive)
+    code, out, _ = script("lib.released", archive)
     assert code == 0 and "10 episodes of 26 to 30 rows" in out and "(291, 32, 32, 3)" in out
     refused(script("train", "--data", archive, "--env", "pointmaze"), "has --env pointmaze-d4rl, and not pointmaze")
 
@@ -232,7 +212,7 @@ EPISODE = "obses/episode_002.pth"
 ])  # fmt: skip
 def test_a_released_data_set_that_is_not_whole(archive, script, damage, message):
     damage(archive)
-    for command in (["train", "--data", archive], ["released", archive], ["data", "--inspect", archive]):
+    for command in (["train", "--data", archive], ["lib.released", archive], ["data", "--inspect", archive]):
         refused(script(*command), message)
     assert not Path("runs").exists()
 
@@ -245,14 +225,14 @@ def test_a_released_run_plans_at_once_or_converted(released_run, script):
     code, _, err = script("plan", "--ckpt", run, "--weights", "random", *BUDGET)
     assert code == 0, err
     assert json.loads(Path("plan_outputs/pm/results.json").read_text())["n_evals"] == 3
-    code, out, err = script("released", run, "--weights", "random", "--convert", "runs/pm")
+    code, out, err = script("lib.released", run, "--weights", "random", "--convert", "runs/pm")
     assert code == 0 and "python plan.py --ckpt runs/pm" in out, err
     code, out, err = script("plan", "--ckpt", "runs/pm", *BUDGET)
     assert code == 0 and "PSNR" in out, err
-    code, out, _ = script("released", run)
+    code, out, _ = script("lib.released", run)
     assert code == 0 and "predictor.blocks.1.0.to_qkv.weight" in out and "depth: 2" in out
-    refused(script("released", run, "--weights", "random", "--convert", "runs/pm"), "runs/pm is there: remove it")
-    refused(script("released", "runs/pm", "--convert", "runs/again"), "runs/pm/hydra.yaml is missing")
+    refused(script("lib.released", run, "--weights", "random", "--convert", "runs/pm"), "runs/pm is there: remove it")
+    refused(script("lib.released", "runs/pm", "--convert", "runs/again"), "runs/pm/hydra.yaml is missing")
     assert sorted(path.name for path in Path("runs").rglob("*")) == ["args.json", "model.pt", "pm"]
 
 
@@ -311,7 +291,7 @@ def test_a_released_run_that_is_not_whole(released_run, script, damage, message)
 
 def test_a_released_run_with_numbers_that_are_not_finite_is_refused(released_run, script):
     run = released_run(spoil=lambda content: content["predictor"].pos_embedding.data.fill_(torch.nan))
-    refused(script("released", run, "--weights", "random", "--convert", "runs/pm"), "pos_embedding holds numbers")
+    refused(script("lib.released", run, "--weights", "random", "--convert", "runs/pm"), "pos_embedding holds numbers")
     assert not Path("runs/pm").exists()
 
 

@@ -51,8 +51,8 @@ class CarRacing(Screen):
         self.gymnasium, self.road, self.env.unwrapped._render = car_racing, None, self.draw
 
     def draw(self, mode):
-        """Draws the upper 84 of Gymnasium's 96 rows, which the paper's code keeps. Every pixel is Gymnasium's, in a
-        third of the time: Gymnasium turns some 700 polygons one by one and typesets a score that nobody reads."""
+        """Draws the upper 84 of Gymnasium's 96 rows, which the paper's code keeps. Every pixel is Gymnasium's, in about
+        a third of the time: Gymnasium turns some 700 polygons one by one and typesets a score that nobody reads."""
         env, made, pygame = self.env.unwrapped, self.gymnasium, self.gymnasium.pygame
         width, height = made.WINDOW_W, made.WINDOW_H
         env.surf = pygame.Surface((width, height))
@@ -68,7 +68,7 @@ class CarRacing(Screen):
         return pygame.surfarray.array3d(small).swapaxes(0, 1)
 
     def draw_road(self, surface, zoom, shift, angle):
-        """Draws field, grass and road. It turns all polygons at once, and leaves out those that are off screen."""
+        """Draws field, grass and road. It turns the polygons near the car at once, and leaves out those off screen."""
         env, made = self.env.unwrapped, self.gymnasium
         if self.road is not env.road_poly:  # a new track
             self.road = env.road_poly
@@ -76,12 +76,20 @@ class CarRacing(Screen):
             field = made.PLAYFIELD * (2 * square - 1)
             grass = made.GRASS_DIM * (np.mgrid[-20:20:2, -20:20:2].reshape(2, -1).T[:, None] + square)  # (400, 4, 2)
             self.corners = np.concatenate([field[None], grass, [polygon for polygon, _ in self.road]])
+            self.centres = self.corners.mean(1)
             self.colours = [env.bg_color, *[env.grass_color] * len(grass), *(colour for _, colour in self.road)]
-        (x, y), cos, sin = np.moveaxis(self.corners, -1, 0), np.cos(angle), np.sin(angle)
+        car, size = np.array(env.car.hull.position), np.array(surface.get_size())
+        reach = np.hypot(*size) / zoom  # past the screen's farthest corner by more than half a polygon
+        near = (np.abs(self.centres - car) < reach).all(1)
+        near[0] = np.abs(car).max() + reach > made.PLAYFIELD  # is the field's edge in sight?
+        if not near[0]:
+            surface.fill(env.bg_color)
+        near = near.nonzero()[0]
+        (x, y), cos, sin = np.moveaxis(self.corners[near], -1, 0), np.cos(angle), np.sin(angle)
         pixels = np.stack([x * cos - y * sin, x * sin + y * cos], -1) * zoom + shift  # (N, 4, 2)
-        seen = (pixels.max(1) >= -1) & (pixels.min(1) <= np.array(surface.get_size()) + 1)
+        seen = (pixels.max(1) >= -1) & (pixels.min(1) <= size + 1)
         for i in seen.all(1).nonzero()[0]:
-            corners, colour = pixels[i].tolist(), [int(c) for c in self.colours[i]]  # tiles change theirs
+            corners, colour = pixels[i].tolist(), [int(c) for c in self.colours[near[i]]]  # tiles change theirs
             made.gfxdraw.aapolygon(surface, corners, colour)
             made.gfxdraw.filled_polygon(surface, corners, colour)
 
