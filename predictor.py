@@ -55,14 +55,8 @@ from lib.weights import load_renamed, rename
 #     rollout_steps                 K, as in its paper
 
 
-def frame_causal(num_frames, tokens):
-    """The mask (L, L) of frames of `tokens` tokens: True where the query's frame is not before the key's."""
-    frame = torch.arange(num_frames * tokens) // tokens
-    return frame[:, None] >= frame[None, :]
-
-
 class Attention(nn.Module):
-    """Multi-head self-attention with a pre-norm, (B, L, D) -> (B, L, D)."""
+    """Multi-head self-attention with a pre-norm, (B, L, D) -> (B, L, D), causal by frames of `tokens` tokens."""
 
     def __init__(self, dim, heads, dim_head, dropout):
         super().__init__()
@@ -71,10 +65,10 @@ class Attention(nn.Module):
         self.to_qkv = nn.Linear(dim, 3 * heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim)
 
-    def forward(self, x, mask, past=None, first=0):
+    def forward(self, x, tokens, past=None, first=0):
         qkv = self.to_qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, dim_head)
-        out, kept = attend(q[:, :, first:], k, v, mask, past, self.dropout if self.training else 0.0)
+        out, kept = attend(q[:, :, first:], k, v, tokens, past, self.dropout if self.training else 0.0)
         return F.dropout(self.to_out(out.transpose(1, 2).flatten(2)), self.dropout, self.training), kept
 
 
@@ -87,28 +81,28 @@ class FeedForward(nn.Sequential):
 class Block(nn.ModuleList):
     """Attention and feed-forward, each added to the residual stream."""
 
-    def forward(self, x, mask, past=None, first=0):
+    def forward(self, x, tokens, past=None, first=0):
         attention, feed_forward = self
-        y, kept = attention(x, mask, past, first)
+        y, kept = attention(x, tokens, past, first)
         x = x[:, first:] + y
         return x + feed_forward(x), kept
 
 
-def run_blocks(blocks, x, mask, tables, newest=0, memory=None):
-    """Sends the tokens x (B, L, D) of a window through one block after another. Besides the mask, a block gets each
-    token's row of the `tables`. Returns the tokens, and a memory for the next call.
+def run_blocks(blocks, x, tokens, tables=(), newest=False, memory=None):
+    """Sends a window x (B, L, D) of frames of so many `tokens` through one block after another. A block also gets each
+    token's row of the `tables`. Returns what comes out, and a memory for the next call.
 
-    With `newest`, only that many tokens come back, those of the newest frame, and nothing is computed twice.
-    While the window grows, no frame changes its position and none sees a later one, so the memory keeps the keys and
-    values of the earlier frames, and only the newest frame runs through the blocks. When the window slides, all
-    positions change and all frames run, except that the last block answers the newest frame alone.
+    With `newest`, only the tokens of the newest frame come out, and nothing is computed twice. While the window grows,
+    no frame changes its position and none sees a later one, so the memory keeps the keys and values of the earlier
+    frames, and only the newest frame runs through the blocks. When the window slides, all positions change and all
+    frames run, except that the last block answers the newest frame alone.
     """
     L = x.shape[1]
-    known, pasts = memory if memory and memory[0] + newest == L else (0, [None] * len(blocks))
+    known, pasts = memory if memory and memory[0] + tokens == L else (0, [None] * len(blocks))
     x, tables, kept = x[:, known:], [table[known:L] for table in tables], []
     for block, past in zip(blocks, pasts, strict=True):
-        first = x.shape[1] - newest if newest and block is blocks[-1] else 0  # the first token that wants an answer
-        x, keys_and_values = block(x, *tables, mask[known + first : L, :L], past, first)
+        first = x.shape[1] - tokens if newest and block is blocks[-1] else 0  # the first token that wants an answer
+        x, keys_and_values = block(x, *tables, tokens, past, first)
         kept.append(keys_and_values)
     return x, (L, kept) if newest else None
 
@@ -133,21 +127,20 @@ class ViTPredictor(nn.Module):
             raise UserError(f"concat_dim=0 wants proprio ({proprio_dim}) and action ({action_dim}) to be {dim} wide")
         self.num_patches, self.dim = num_patches, dim
         self.concat_dim, self.action_repeat = concat_dim, num_action_repeat
-        self.copies, tokens, width = 1, num_patches + 2, dim
+        self.copies, self.tokens, width = 1, num_patches + 2, dim
         if concat_dim == 1:
-            self.copies, tokens = num_patches * num_proprio_repeat, num_patches
+            self.copies, self.tokens = num_patches * num_proprio_repeat, num_patches
             width = dim + num_proprio_repeat * proprio_dim + num_action_repeat * action_dim
-        self.pos_embedding = nn.Parameter(torch.randn(1, num_frames * tokens, width))
+        self.pos_embedding = nn.Parameter(torch.randn(1, num_frames * self.tokens, width))
         sizes = (width, heads, dim_head, dropout), (width, mlp_dim, dropout)
         self.blocks = nn.ModuleList(Block([Attention(*sizes[0]), FeedForward(*sizes[1])]) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
-        self.register_buffer("mask", frame_causal(num_frames, tokens), persistent=False)
 
-    def transformer(self, x, newest=0, memory=None):
+    def transformer(self, x, newest=False, memory=None):
         """(B, L, D) -> (B, L, D), the tokens of whole frames; frame t of the output predicts frame t + 1. `newest` and
         the memory are those of `run_blocks`."""
         x = x + self.pos_embedding[:, : x.shape[1]]
-        x, memory = run_blocks(self.blocks, x, self.mask, [], newest, memory)
+        x, memory = run_blocks(self.blocks, x, self.tokens, newest=newest, memory=memory)
         return self.norm(x), memory
 
     def forward(self, z, action, memory=None, newest=False):
@@ -160,9 +153,8 @@ class ViTPredictor(nn.Module):
         else:
             parts, axis = (visual, proprio[:, :, None], action[:, :, None]), 2
         x = torch.cat(parts, axis)  # (B, T, N, D) or (B, T, N + 2, d)
-        n = x.shape[2]  # tokens a frame
-        x, memory = self.transformer(x.flatten(1, 2), newest and n, memory)
-        visual, proprio, _ = x.unflatten(1, (-1, n)).split([part.shape[axis] for part in parts], axis)
+        x, memory = self.transformer(x.flatten(1, 2), newest, memory)
+        visual, proprio, _ = x.unflatten(1, (-1, self.tokens)).split([part.shape[axis] for part in parts], axis)
         return torch.cat([visual.flatten(2), proprio.flatten(2)], -1), memory
 
 
@@ -244,8 +236,7 @@ class ACPredictor(nn.Module):
         patch = torch.cat([torch.zeros(2, dtype=torch.long), torch.arange(num_patches)]).repeat(num_frames)
         frame = torch.arange(num_frames).repeat_interleave(2 + num_patches)
         position = torch.stack([frame, patch // side, patch % side], -1)  # (L, 3)
-        tables = *rotary_angles(position, width // heads, True), frame_causal(num_frames, 2 + num_patches)
-        for name, table in zip(("cos", "sin", "mask"), tables, strict=True):
+        for name, table in zip(("cos", "sin"), rotary_angles(position, width // heads, True), strict=True):
             self.register_buffer(name, table, persistent=False)
 
     def transformer(self, tokens, actions, states, newest=False, memory=None):
@@ -255,7 +246,7 @@ class ACPredictor(nn.Module):
         a, s = self.action_encoder(actions)[:, :, None], self.state_encoder(states)[:, :, None]
         x = torch.cat([a, s, patches], dim=2).flatten(1, 2)  # (B, L, width), L = T * (2 + N)
         n = 2 + self.num_patches
-        x, memory = run_blocks(self.predictor_blocks, x, self.mask, [self.cos, self.sin], newest and n, memory)
+        x, memory = run_blocks(self.predictor_blocks, x, n, [self.cos, self.sin], newest, memory)
         x = self.predictor_norm(x).unflatten(1, (-1, n))  # (B, T or 1, 2 + N, width)
         states = states[:, -x.shape[1] :] + self.state_head(x[:, :, 1])
         return self.predictor_proj(x[:, :, 2:]).flatten(1, 2), states, memory

@@ -8,6 +8,7 @@ rendered, is PointMazeD4RL.
 
 import contextlib
 import io
+import math
 import os
 import sys
 from pathlib import Path
@@ -67,7 +68,13 @@ class PointMaze(gym.Env):
         model = env.point_env.model
         model.opt.timestep = self.DT
         model.site("target").rgba[:] = 0  # the goal marker is never seen
-        return model, np.array(env.maze.maze_map) != 1
+        free = np.array(env.maze.maze_map) != 1
+        # What is out of sight costs time, too: a frame takes a third of it once the floor of 80 m ends behind the maze
+        # (after whole periods of its pattern, so that it looks the same), and a wall's side is one piece.
+        reach = 4 * math.ceil((max(free.shape) / 2 + 1) / 4)  # m
+        model.mat_texrepeat[model.geom_matid[0]] *= reach / model.geom_size[0, 0]
+        model.geom_size[0, :2], model.vis.quality.numquads = reach, 1
+        return model, free
 
     def cell_center(self, row, col):
         """(x, y) of the middle of a cell: x grows with the column, y falls with the row."""

@@ -9,6 +9,7 @@ The encoder `vjepa_tiny` is trained in this way, and the predictor V-JEPA 2-AC i
 """
 
 import copy
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -37,12 +38,23 @@ def rotate(x, cos, sin):
     return x * cos + turned * sin
 
 
-def attend(q, k, v, mask=None, past=None, dropout=0.0):
+def attend(q, k, v, tokens=None, past=None, dropout=0.0):
     """Attention of the queries q to the keys k and the values v, each (B, heads, L, head_dim), after those of earlier
-    tokens, `past`. Returns all keys and values, too, which are the `past` of the next call."""
+    tokens, `past`. Given the number of `tokens` in a frame, it is causal by frame: a token sees its own frame and those
+    before it, and none later. Returns all keys and values, too, which are the `past` of the next call."""
     if past is not None:
         k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout), (k, v)
+    attention = partial(F.scaled_dot_product_attention, dropout_p=dropout)
+    if tokens is None:
+        out = attention(q, k, v)
+    elif tokens == 1:
+        out = attention(q, k, v, is_causal=q.shape[2] > 1)
+    else:  # frame by frame, because a mask would hide scores that have been computed already
+        frames = q.split(tokens, 2)
+        ends = range(k.shape[2] - (len(frames) - 1) * tokens, k.shape[2] + 1, tokens)  # of what each frame sees
+        seen = [(k[:, :, :end], v[:, :, :end]) for end in ends]
+        out = torch.cat([attention(frame, *kv) for frame, kv in zip(frames, seen, strict=True)], 2)
+    return out, (k, v)
 
 
 class RotaryBlock(nn.Module):
@@ -55,10 +67,10 @@ class RotaryBlock(nn.Module):
         self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, mlp_dim), "fc2": nn.Linear(mlp_dim, width)})
 
-    def forward(self, x, cos, sin, mask=None, past=None, first=0):
+    def forward(self, x, cos, sin, tokens=None, past=None, first=0):
         qkv = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, L, head_dim)
-        y, kept = attend(rotate(q, cos, sin)[:, :, first:], rotate(k, cos, sin), v, mask, past)
+        y, kept = attend(rotate(q, cos, sin)[:, :, first:], rotate(k, cos, sin), v, tokens, past)
         x = x[:, first:] + self.attn["proj"](y.transpose(1, 2).flatten(2))
         return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x)))), kept
 
