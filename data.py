@@ -12,20 +12,20 @@ A data set is a folder of flat arrays with one row per *model step*, which is `f
 Frames between two rows are never rendered: with `frameskip=5` that makes collection five times as fast. The worlds
 themselves are in lib/pointmaze.py and lib/worlds.py.
 
-    python data.py --env pointmaze --episodes 3000        # collect into datasets/pointmaze
+    python data.py --env pointmaze --episodes 2000        # collect into datasets/pointmaze
     python data.py --inspect datasets/pointmaze           # shapes, statistics, contact_sheet.png
 """
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from lib import common
-from lib.common import NpyWriter, Parser, UserError, positive, to_tensor
+from lib.common import RANK, WORLD_SIZE, NpyWriter, Parser, UserError, positive, to_tensor, tqdm
 from lib.pictures import write_strips
 from lib.worlds import ENVIRONMENTS, EpisodePool
 
@@ -180,26 +180,31 @@ class Windows:
     def __len__(self):
         return len(self.starts)
 
-    def batch(self, indices, tokens, frames=0):
-        """Windows `indices` as arrays: visual (B, T, N, d) out of `tokens` (S, N, d), proprio (B, T, P), and action
-        (B, T, frameskip*DoF). If `frames` is above 0, also the last `frames` frames (B, frames, H, W, 3)."""
+    def batch(self, indices, tokens, device="cpu", frames=0):
+        """Windows `indices` as float tensors: visual (B, T, N, d) out of `tokens` (S, N, d), proprio (B, T, P), and
+        action (B, T, frameskip*DoF). If `frames` is above 0, also the last `frames` frames (B, frames, H, W, 3)."""
         first = self.starts[indices]
         rows = first[:, None] + self.stride * np.arange(self.num_frames)  # (B, T)
         every = first[:, None] + np.arange(self.stride * self.num_frames)
         action = self.dataset.actions[every].reshape(*rows.shape, -1)
         batch = {"visual": tokens[rows], "proprio": self.dataset.states[rows], "action": action}
-        return batch | ({"frames": self.dataset.frames[rows[:, -frames:]]} if frames else {})
+        batch |= {"frames": self.dataset.frames[rows[:, -frames:]]} if frames else {}
+        return {name: torch.from_numpy(array).to(device, torch.float32) for name, array in batch.items()}
 
     def batches(self, order, tokens, batch_size, device, frames=0):
-        """Yields the windows in the given order as dictionaries of float tensors."""
+        """Yields the windows in the given order, a batch at a time. Of several processes each gets its part of every
+        batch, and "share" is how large that is, in units of an equal part."""
         for i in range(0, len(order), batch_size):
-            batch = self.batch(order[i : i + batch_size], tokens, frames)
-            yield {name: torch.from_numpy(array).to(device, torch.float32) for name, array in batch.items()}
+            whole = order[i : i + batch_size]
+            part = whole[RANK::WORLD_SIZE]
+            batch = self.batch(part if len(part) else whole[:1], tokens, device, frames)  # no part, no weight
+            yield batch | {"share": len(part) * WORLD_SIZE / len(whole)}
 
 
 @torch.no_grad()
 def token_cache(encoder, dataset, device, batch_size=256):
-    """Tokens (S, N, d) of all frames, memory-mapped. They are computed once per encoder, and kept with the data set."""
+    """Tokens (S, N, d) of all frames, memory-mapped. They are computed once per encoder, and kept with the data set.
+    Several processes encode a batch each at the same time, and the first one writes them all."""
     if encoder.name == "state":
         return dataset.states[:, None]
     digest = hashlib.sha256(f"{encoder.name} {encoder.img_size}".encode())
@@ -207,13 +212,17 @@ def token_cache(encoder, dataset, device, batch_size=256):
         digest.update(tensor.cpu().contiguous().numpy())
     path = dataset.path / f"tokens_{encoder.name}_{digest.hexdigest()[:12]}.npy"
     shape = (len(dataset.frames), encoder.num_patches, encoder.dim)
-    if not path.is_file():
+    if not all(common.gather(path.is_file())):
         dtype = np.float32 if encoder.num_patches == 1 else np.float16  # 196 x 384 numbers a frame: halve them
-        with common.partial(path) as temporary:
+        with common.partial(path) if RANK == 0 else contextlib.nullcontext(os.devnull) as temporary:
             writer = NpyWriter(temporary, shape[1:], dtype)
-            for i in tqdm(range(0, shape[0], batch_size), desc=f"encode with {encoder.name}", unit="batch"):
-                writer.append(encoder(to_tensor(dataset.frames[i : i + batch_size], device)).cpu().numpy())
+            starts = range(0, shape[0], batch_size * WORLD_SIZE)
+            for i in tqdm(starts, desc=f"encode with {encoder.name}", unit="batch"):
+                frames = dataset.frames[i : i + batch_size * WORLD_SIZE][RANK * batch_size :][:batch_size]
+                encoded = encoder(to_tensor(frames, device)).cpu().numpy() if len(frames) else np.empty((0, *shape[1:]))
+                writer.append(np.concatenate(common.gather(encoded.astype(dtype))))
             writer.close()
+        common.gather(None)  # the first process has renamed it
     tokens = open_array(path, 3, "f")
     if tokens.shape != shape:
         raise UserError(f"{path} holds tokens of another shape, {tokens.shape} and not {shape}: remove it")
@@ -241,7 +250,7 @@ def main():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--env", default="pointmaze", help=f"the world: {', '.join(ENVIRONMENTS)}")
-    add("--episodes", type=positive, default=3000, help="number of episodes to collect")
+    add("--episodes", type=positive, default=2000, help="number of episodes to collect")
     add("--steps", type=positive, default=20, help="model steps (rows) per episode")
     add("--frameskip", type=positive, default=5, help="environment steps per model step")
     add("--img-size", type=positive, default=64, help="side of the frames in pixels")

@@ -453,7 +453,7 @@ def main():
     for name in args.encoders:
         encoder, licence = build_encoder(name, weights="random"), ENCODERS[name].licence
         images = torch.rand(args.batch_size, 3, encoder.img_size, encoder.img_size)
-        rate = args.batch_size * per_second(partial(encoder, images))
+        rate = args.batch_size * per_second({name: partial(encoder, images)}, 1)[name]
         millions = sum(p.numel() for p in encoder.parameters()) / 1e6
         weights = "fitted on collected frames"
         if licence:

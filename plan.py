@@ -16,7 +16,9 @@ whole plan; the paper, and a checkpoint of `--variant paper`, has a history of f
     python plan.py --baselines random,oracle                   # with its controls, on the same problems
     python plan.py --planner cem,gd,mpc-cem,mpc-gd             # the paper's comparison of planners, as a table
     python plan.py --goal-source goals.json                    # problems that --save-targets goals.json wrote
-    python plan.py --num-samples 400 --topk 10 --planner-args momentum=0.15,maxnorm=1   # CEM as V-JEPA 2-AC has it
+    python plan.py --planner mpc-cem                           # with DINO-WM's planner and budget
+    python plan.py --planner mpc-cem --num-samples 400 --topk 10 --planner-args momentum=0.15,maxnorm=1  # V-JEPA 2-AC's
+    torchrun --nproc-per-node 2 plan.py --n-evals 500          # two processes share the problems
 
 Writes plan_outputs/NAME/: table.md, results.json, success.png, and GIFs of a few problems: start, what happened, goal.
 If the run has a decoder, they also show what was imagined. Several planners get a folder each, and share the table.
@@ -31,20 +33,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from cem import cem, coloured_noise, gradient_descent, mpc, mppi
 from data import open_dataset
 from lib import common, pictures
-from lib.common import UserError, positive
+from lib.common import RANK, WORLD_SIZE, UserError, gather, positive, tqdm
 from lib.pointmaze import SHIFTS
 from lib.worlds import make_env
-from predictor import load_model
+from predictor import load_model, untrained_model
 
 CONTROLS = {"random": "random policy", "oracle": "true simulator"}
 METHODS = ("cem", "icem", "mppi", "gd")
 PLANNERS = METHODS + tuple(f"mpc-{method}" for method in METHODS)
-FILMS = 4  # problems that are filmed
+# What a plan costs, if no flag says otherwise. That of cem is DINO-WM's; icem plans as well with a sixth of it.
+BUDGETS = {"cem": dict(num_samples=300, topk=30, opt_steps=10), "icem": dict(num_samples=100, topk=10, opt_steps=5)}
+BUDGETS |= {"mppi": BUDGETS["cem"], "gd": dict(num_samples=1, topk=1, opt_steps=1000)}
+GROUP, FILMS = 10, 4  # problems that are planned at a time, and that are filmed
 
 
 # ---- What a plan costs: in the model's imagination, or (a control) in the true simulator ---------
@@ -102,7 +106,7 @@ def simulator_cost(worlds):
         starts, goals = worlds.states[problems].repeat(M, axis=0), worlds.goals[problems, None, :2]
         final = worlds.env.simulate(starts, actions.cpu().numpy().reshape(B * M, -1, worlds.dof))
         distance = np.linalg.norm(final[:, :2].reshape(B, M, 2) - goals, axis=-1)
-        return torch.from_numpy(distance).to(actions.device)
+        return torch.from_numpy(distance).to(actions)
 
     return lambda problems: partial(cost, problems)
 
@@ -110,14 +114,14 @@ def simulator_cost(worlds):
 # ---- Planning and acting -------------------------------------------------------------------------
 
 
-def solve(worlds, cost_for, model, args, device, title=""):
+def solve(worlds, cost_for, model, args, device, group=0):
     """Plans and acts in all worlds at once -> success (max_iter, problems) bool. `args` comes from `settle`.
 
     A planner works in standard deviations of the data's actions, as in DINO-WM. What it proposes is clipped to what the
-    world can do. A `title` makes a progress bar.
+    world can do. Each `group` of problems has random numbers of its own.
     """
     method, options = args.planner.removeprefix("mpc-"), args.planner_args
-    generator = torch.Generator(device).manual_seed(args.seed[0])
+    generator = torch.Generator(device).manual_seed(args.seed[0] + 2**32 * group)
     low, high = (torch.from_numpy(b).repeat(model.frameskip).to(device) for b in worlds.bounds)
 
     def to_world(actions):
@@ -146,34 +150,47 @@ def solve(worlds, cost_for, model, args, device, title=""):
         return cem(clipped, mean, std, *budget, generator, *ball, **(icem if method == "icem" else {}))
 
     def act(problems, actions):
-        bar.update()
         return worlds.act(problems, to_world(actions).cpu())
 
     steps = args.n_taken_actions, args.max_iter
-    with tqdm(total=args.max_iter, desc=title, unit="plan", disable=not title) as bar:
-        return mpc(plan, act, len(worlds.states), args.goal_H, model.action_dim, *steps, device, start)
+    return mpc(plan, act, len(worlds.states), args.goal_H, model.action_dim, *steps, device, start)
+
+
+def in_groups(solve_group, num_problems, title):
+    """Success (max_iter, problems) of all problems. `solve_group(problems, group)` solves GROUP of them at a time,
+    whatever their number, so that how they are dealt out to the processes of torchrun changes no result."""
+    groups = [slice(i, i + GROUP) for i in range(0, num_problems, GROUP)]
+    if WORLD_SIZE > len(groups):
+        raise UserError(f"{num_problems} problems in groups of {GROUP} can keep at most {len(groups)} processes busy")
+    mine = tqdm(list(enumerate(groups))[RANK::WORLD_SIZE], desc=title, unit="group")
+    solved = gather([solve_group(problems, group) for group, problems in mine])
+    return torch.cat([solved[group % WORLD_SIZE][group // WORLD_SIZE] for group in range(len(groups))], dim=1)
 
 
 def controls(env, starts, goals, model, args):
     """Success rates by iteration of the controls in args.baselines, on the same problems and for as long."""
-    rates, rng, device = {}, np.random.default_rng(args.seed[0]), model.action_mean.device
-    oracle = argparse.Namespace(**vars(args) | {"planner": "cem"})  # CEM, whatever the planner
-    if args.planner.endswith("gd"):
-        oracle.opt_steps = 10  # CEM needs fewer of them than gradient descent
+    oracle = argparse.Namespace(**vars(args))
+    if args.planner.endswith("gd"):  # the simulator has no gradient
+        oracle = argparse.Namespace(**vars(args) | BUDGETS["icem"] | {"planner": "icem"})
+    device, steps = model.action_mean.device, (args.n_taken_actions, args.max_iter)
 
-    def draw(problems, mean):
-        low, high = env.action_space.low, env.action_space.high
-        actions = rng.uniform(low, high, (*mean.shape[:2], model.frameskip, len(low)))
-        return torch.from_numpy(actions).float().flatten(2)
+    def random_policy(problems, group):
+        worlds, rng = Worlds(env, starts[problems], goals[problems]), np.random.default_rng([args.seed[0], group])
 
-    for name in args.baselines:
-        worlds, steps = Worlds(env, starts, goals), (args.n_taken_actions, args.max_iter)
-        if name == "random":
-            success = mpc(draw, worlds.act, len(starts), args.goal_H, model.action_dim, *steps)
-        else:
-            success = solve(worlds, simulator_cost(worlds), model, oracle, device, title=name)
-        rates[name] = success.float().mean(1).tolist()
-    return rates
+        def draw(unsolved, mean):
+            low, high = env.action_space.low, env.action_space.high
+            actions = rng.uniform(low, high, (*mean.shape[:2], model.frameskip, len(low)))
+            return torch.from_numpy(actions).float().flatten(2)
+
+        return mpc(draw, worlds.act, len(worlds.states), args.goal_H, model.action_dim, *steps)
+
+    def true_simulator(problems, group):
+        worlds = Worlds(env, starts[problems], goals[problems])
+        return solve(worlds, simulator_cost(worlds), model, oracle, device, group)
+
+    solvers = {"random": random_policy, "oracle": true_simulator}
+    success = {name: in_groups(solvers[name], len(starts), CONTROLS[name]) for name in args.baselines}
+    return {name: reached.float().mean(1).tolist() for name, reached in success.items()}
 
 
 class Worlds:
@@ -302,20 +319,30 @@ def run(model, env, starts, goals, args, device, out):
     """Plans to all goals with one planner, writes what came of it to the folder `out`, and returns it."""
     from scipy.stats import binomtest  # here, because its import takes a second
 
-    worlds, n = Worlds(env, starts, goals, FILMS, args.history, model.frameskip), len(starts)
-    alpha, base = args.planner_args["alpha"], args.planner_args["base"]
-    cost_for, begin = latent_cost(model, worlds, device, args.objective, alpha, base), time.perf_counter()
-    success = solve(worlds, cost_for, model, args, device, title=f"{args.planner} with {args.ckpt}")
+    n, begin, filmed = len(starts), time.perf_counter(), None
+    objective = args.objective, args.planner_args["alpha"], args.planner_args["base"]
+
+    def solve_group(problems, group):
+        nonlocal filmed
+        films = 0 if group else FILMS
+        worlds = Worlds(env, starts[problems], goals[problems], films, args.history, model.frameskip)
+        filmed = filmed or worlds
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            return solve(worlds, latent_cost(model, worlds, device, *objective), model, args, device, group)
+
+    success = in_groups(solve_group, n, f"{args.planner} with {args.ckpt}")
     seconds, rates = time.perf_counter() - begin, success.float().mean(1).tolist()
     results = {
         "args": vars(args),
         "success_by_iter": rates,  # and its 95 % interval (Wilson, 1927)
         "interval": [list(binomtest(k, n).proportion_ci(method="wilson")) for k in success.sum(1).tolist()],
         "n_evals": n,
-        "imagination": write_films(out, model, worlds, device),
         "controls": controls(env, starts, goals, model, args),
         "seconds": seconds,
     }
+    if RANK:
+        return results  # the first process alone writes
+    results["imagination"] = write_films(out, model, filmed, device)
     common.write_json(out / "results.json", results)
     k = np.arange(1, len(rates) + 1)
     lines = [(k, rates, "o-", "world model")]
@@ -375,6 +402,30 @@ def write_table(results, path):
     print("\n" + table, end="")
 
 
+def bench(size, device):
+    """Measures how many candidates a second move on by a step in the imagination of an untrained model."""
+    model = untrained_model(size, device)
+    N, d, candidates = model.encoder.num_patches, model.encoder.dim, 8 if size == "paper" else 1000
+    obs = {"visual": torch.randn(candidates, 1, N, d), "proprio": torch.randn(candidates, 1, 4)}
+    obs, actions = {name: o.to(device) for name, o in obs.items()}, torch.randn(candidates, 5, 10, device=device)
+
+    @torch.no_grad()
+    def imagine(how, dtype):
+        model.train(how == "plain")  # nothing is remembered in training
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            return model.rollout(model.encode(obs), actions)["visual"].sum().item()  # waits for the device
+
+    dtypes = ("float32", "bfloat16") if common.has_bfloat16(device.type) else ("float32",)
+    kinds = [(how, dtype) for dtype in dtypes for how in ("plain", "cached")]
+    rates = common.per_second({kind: partial(imagine, *kind) for kind in kinds}, seconds=10)
+    print(
+        f"{size} size, {N} x {d} numbers a frame, {candidates} candidates, {torch.get_num_threads()} threads, {device}"
+    )
+    for kind, rate in rates.items():
+        ratio = rate / rates["plain", "float32"]
+        print(f"  {' '.join(kind):16} {5 * candidates * rate:9.3g} candidate-steps/s, {ratio:.2f} x")
+
+
 # ---- The script ----------------------------------------------------------------------------------
 
 
@@ -386,7 +437,7 @@ PLANNER_ARGS = {
     "momentum": (0.0, common.number(float, 0, 0.999), "share of CEM's old mean and deviation that stays"),
     "maxnorm": (math.inf, common.above_zero, "bound of CEM's candidates, in the units of var_scale"),
     "noise_beta": (1.0, common.number(float, 0, 10), "icem's noise has the spectrum 1 / f^beta"),
-    "keep": (9, positive, "icem's elites that run again"),
+    "keep": (3, positive, "icem's elites that run again"),
     "temperature": (0.1, common.above_zero, "temperature of mppi, in standard deviations of the candidates' costs"),
     "lr": (1.0, common.above_zero, "learning rate of gd"),
     "action_noise": (0.003, common.number(float, 0, 1e3), "noise that gd adds at each step"),
@@ -413,7 +464,7 @@ def get_args(argv=None):
     sources += "apart; random_action: a start from there, and where random actions end; or a file of --save-targets"
     add("--goal-source", default="random_state", help=sources)
     add("--save-targets", metavar="PATH", help="write the problems to this file")
-    add("--planner", type=common.names(PLANNERS), default="mpc-cem", help=f"one or more of {', '.join(PLANNERS)}")
+    add("--planner", type=common.names(PLANNERS), default="mpc-icem", help=f"one or more of {', '.join(PLANNERS)}")
     read = common.key_values({name: read for name, (_, read, _) in PLANNER_ARGS.items()})
     what = "; ".join(f"{name}: {what}" for name, (*_, what) in PLANNER_ARGS.items())
     add("--planner-args", type=read, default={}, help=f"settings of the planners, as K=V,K=V: {what}")
@@ -422,28 +473,41 @@ def get_args(argv=None):
     add("--history", type=positive, help="true frames that imagination starts from (default: 1; paper's: num_hist)")
     add("--max-iter", type=positive, help="MPC iterations (default: as many as make 10 goal_H model steps)")
     add("--objective", choices=("last", "all"), default="last", help="imagined frames that should be like the goal")
-    add("--num-samples", type=positive, default=300, help="number of candidates of cem, icem and mppi")
-    add("--topk", type=positive, default=30, help="number of elites of cem and icem")
-    add("--opt-steps", type=positive, help="iterations per plan (default: 10; for gd 1000)")
+    budget = {name: ", ".join(f"{method} {BUDGETS[method][name]}" for method in METHODS) for name in BUDGETS["gd"]}
+    add("--num-samples", type=positive, help=f"number of candidates (default: {budget['num_samples']})")
+    add("--topk", type=positive, help=f"number of elites (default: {budget['topk']})")
+    add("--opt-steps", type=positive, help=f"iterations per plan (default: {budget['opt_steps']})")
     add("--baselines", type=common.names(CONTROLS), default=[], help="controls on the same problems: random,oracle")
     add("--name", help="name of the result under plan_outputs/ (default: the run's)")
+    dtype = "numbers in which the model sees and imagines (default: bfloat16 on a GPU, and float32 on a CPU)"
+    add("--dtype", choices=("float32", "bfloat16"), help=dtype)
     add("--device", type=common.available_device, default=common.default_device(), help="where to compute")
+    add("--bench", action="store_true", help="measure how fast the model imagines, instead of planning with it")
     args = parser.parse_args(argv)
     args.planner_args = {name: default for name, (default, *_) in PLANNER_ARGS.items()} | args.planner_args
-    elites = any(planner.endswith("cem") for planner in args.planner) or "oracle" in args.baselines
-    if elites and not 2 <= args.topk <= args.num_samples:
-        raise UserError(f"--topk {args.topk} must lie between 2 and --num-samples {args.num_samples}")
     if (args.n_taken_actions or 1) > args.goal_H:
         raise UserError(f"--n-taken-actions {args.n_taken_actions} is more than the {args.goal_H} that --goal-H plans")
-    if args.planner_args["keep"] >= args.num_samples and any("icem" in planner for planner in args.planner):
-        raise UserError(f"keep={args.planner_args['keep']} leaves no new candidate of --num-samples {args.num_samples}")
+    if args.dtype == "bfloat16" and not common.has_bfloat16(args.device):
+        raise UserError(f"the device {args.device} has no arithmetic for bfloat16: take --dtype float32")
+    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
+    for planner in args.planner:
+        settle(args, planner)  # an impossible budget is reported before anything is opened
     return args
 
 
-def settle(args, planner, model):
+def settle(args, planner, model=None):
     """The arguments of one planner. What no flag says follows from the planner and the checkpoint's variant."""
-    args, paper = argparse.Namespace(**vars(args) | {"planner": planner}), model.variant == "paper"
-    args.opt_steps = args.opt_steps or (1000 if planner.endswith("gd") else 10)
+    args, paper = (
+        argparse.Namespace(**vars(args) | {"planner": planner}),
+        model is not None and model.variant == "paper",
+    )
+    method = planner.removeprefix("mpc-")
+    for name, default in BUDGETS[method].items():
+        setattr(args, name, getattr(args, name) or default)
+    if method in ("cem", "icem") and not 2 <= args.topk <= args.num_samples:
+        raise UserError(f"--topk {args.topk} must lie between 2 and --num-samples {args.num_samples}")
+    if method == "icem" and args.planner_args["keep"] >= args.num_samples:
+        raise UserError(f"keep={args.planner_args['keep']} leaves no new candidate of --num-samples {args.num_samples}")
     args.history = args.history or (model.num_hist if paper else 1)
     if planner.startswith("mpc-"):
         args.n_taken_actions = args.n_taken_actions or (1 if paper else args.goal_H)
@@ -462,23 +526,26 @@ def newest_run():
 
 def main():
     args = get_args()
+    if args.bench:
+        return [bench(size, torch.device(args.device)) for size in ("laptop", "paper")]
     args.ckpt = args.ckpt or newest_run()
     out = common.output_folder("plan_outputs", args.name or Path(args.ckpt).resolve().name)
-    device = torch.device(args.device)
+    device = common.join(args.device)
     model = load_model(args.ckpt, device, args.data, args.weights)
     if args.planner_args["alpha"] and not model.proprio_dim:
         raise UserError(f"alpha weighs proprio, which {args.ckpt} does not have beside its visual latent")
     common.keep_freed_memory()
     env = open_world(model, args.shift)
     starts, goals = get_problems(env, args, model)
-    if args.save_targets:
+    if args.save_targets and RANK == 0:
         content = {"env": model.world["env"], "starts": starts.tolist(), "goals": goals.tolist()}
         common.write_json(args.save_targets, content)
     results = {}
     for planner in args.planner:
         folder = out if len(args.planner) == 1 else out / planner
         results[planner] = run(model, env, starts, goals, settle(args, planner, model), device, folder)
-    write_table(results, out / "table.md")
+    if RANK == 0:
+        write_table(results, out / "table.md")
 
 
 if __name__ == "__main__":

@@ -272,8 +272,18 @@ class ACPredictor(nn.Module):
 
 PREDICTORS = {"vit": ViTPredictor, "rwm": RWMPredictor, "vjepa2_ac": ACPredictor}
 
+# vit has the paper's sizes for patch tokens, and sizes that suit a laptop for a single token; rwm has the paper's;
+# vjepa2_ac has small ones (the paper's: width=1024,depth=24,heads=16,mlp_dim=4096).
+COMPOSITION = dict(concat_dim=1, num_proprio_repeat=1, num_action_repeat=1)  # of vit's tokens
+PAPER = dict(depth=6, heads=16, dim_head=64, mlp_dim=2048, dropout=0.1) | COMPOSITION
+LAPTOP = dict(depth=4, heads=4, dim_head=32, mlp_dim=256, dropout=0.0) | COMPOSITION
+RWM, AC = dict(width=256, depth=2, mlp_dim=128), dict(width=128, depth=4, heads=4, mlp_dim=512)
+SIZES = {"vit": PAPER, "rwm": RWM, "vjepa2_ac": AC}
+
 
 # ---- The world model -----------------------------------------------------------------------------
+
+DECODER_FRAMES = 32  # how many frames a decoder sees in a step of training
 
 
 class WorldModel(nn.Module):
@@ -384,6 +394,16 @@ class WorldModel(nn.Module):
             loss, parts["rollout"] = loss + rollout, rollout.detach()
         return loss, parts
 
+    def forward(self, batch, rollout_steps=1):
+        """What a step of training lowers, and the part of it that is `loss`. A decoder learns with the rest, from the
+        last frame of some windows, since windows overlap; `batch` then has their "frames" (B, 1, H, W, 3)."""
+        loss, _ = self.loss(batch, rollout_steps)
+        if self.decoder is None:
+            return loss, loss.detach()
+        visual = self.encode(batch)["visual"][:DECODER_FRAMES, -1:]
+        decoder_loss, *_ = self.decoder_loss(visual, batch["frames"][:DECODER_FRAMES])
+        return loss + decoder_loss, loss.detach()
+
     def rollout(self, z0, actions):
         """Imagines what actions (B, T, A) lead to, in the world's units and one per frame from the first on. z0 are the
         latents of the first frames (B, T0, ...), as `encode` returns them. Returns the latents of T + 1 frames."""
@@ -435,6 +455,13 @@ class WorldModel(nn.Module):
             raise UserError(f"{path} is not a checkpoint of this version ({reason}): train it again") from None
         load_state(model, state, path)
         return model.to(device).eval()
+
+
+def untrained_model(size, device):
+    """A world model of the "laptop" or the "paper" size with random weights, by which speed is measured."""
+    encoder, sizes = (("dinov2", 196), PAPER) if size == "paper" else (("pca", None), LAPTOP)
+    statistics = (torch.zeros(2), torch.ones(2)), (torch.zeros(4), torch.ones(4))
+    return WorldModel(build_encoder(*encoder, "random"), *statistics, **sizes | {"dropout": 0.0}).to(device)
 
 
 def load_checkpoint(directory, device="cpu"):

@@ -367,6 +367,7 @@ def test_windows_stay_in_their_episode_and_concatenate_actions(tmp_path):
     assert len(windows) == 0 + 2 + 18  # episodes of 9 and 25 steps hold 9 - 8 + 1 and 25 - 8 + 1 windows
     batch = windows.batch(np.arange(len(windows)), np.arange(37)[:, None, None])
     assert batch["action"].shape == (20, 2, 8)
+    batch = {name: tensor.numpy() for name, tensor in batch.items()}
     for visual, states, action in zip(batch["visual"], batch["proprio"], batch["action"], strict=True):
         assert len(set((action // 1000).ravel()) | set(states.ravel())) == 1  # one episode
         steps = action.reshape(-1, 2)[:, 0] % 1000
@@ -880,7 +881,7 @@ def test_a_run_that_is_damaged_or_of_other_flags_is_refused(command, file, spoil
 
 
 def test_bench_ends(script, monkeypatch):
-    monkeypatch.setattr(common, "per_second", lambda call, seconds: call() + 1)
+    monkeypatch.setattr(common, "per_second", lambda calls: {name: call() + 1 for name, call in calls.items()})
     code, out, _ = script("vae_mdnrnn", "bench", "--sizes", "hidden=8")
     assert code == 0 and out.count("dream steps/s") == 3
 
@@ -2030,14 +2031,15 @@ train --variant paper --predictor rwm                   | --variant paper is DIN
 train --device nowhere                                  | torch cannot use the device 'nowhere' here
 train --device meta                                     | torch cannot use the device 'meta' here
 train --overwrite                                       | unrecognized arguments: --overwrite
-plan --topk 400                                         | --topk 400 must lie between 2 and --num-samples 300
-plan --planner mppi --baselines oracle --num-samples 20 | --topk 30 must lie between 2 and --num-samples 20
-plan --planner gd,mpc-icem --num-samples 20             | --topk 30 must lie between 2 and --num-samples 20
+plan --topk 400                                         | --topk 400 must lie between 2 and --num-samples 100
+plan --planner cem --num-samples 20                     | --topk 30 must lie between 2 and --num-samples 20
+plan --planner gd,mpc-icem --num-samples 5              | --topk 10 must lie between 2 and --num-samples 5
+plan --dtype float16                                    | invalid choice: 'float16'
 plan --n-taken-actions 6                                | --n-taken-actions 6 is more than the 5 that --goal-H plans
 plan --baselines magic                                  | unknown magic; known: random, oracle
 plan --planner cem,sgd                                  | unknown sgd; known: cem, icem, mppi, gd, mpc-cem
 plan --planner-args sample_type=ones                    | unknown ones; known: randn, zero
-plan --planner icem --planner-args keep=300             | keep=300 leaves no new candidate of --num-samples 300
+plan --planner icem --planner-args keep=100             | keep=100 leaves no new candidate of --num-samples 100
 """
 
 
@@ -2061,7 +2063,7 @@ def test_a_wrong_flag_is_named_before_anything_is_read():
         with refused(re.escape(message)):
             sys.modules[script].get_args(argv)
             pytest.fail(f"{command} is taken")
-    assert plan.get_args("--planner mppi,gd --num-samples 20".split()).topk == 30  # neither has elites
+    plan.get_args("--planner mppi,gd --num-samples 5".split())  # neither has elites
 
 
 WRONG_INPUT = """
@@ -2131,7 +2133,7 @@ def test_a_world_or_data_set_that_does_not_fit_a_run_is_named(runs, run):
 
 def test_a_run_is_gone_on_with_by_its_own_flags_alone(runs, run):
     plain, path = f"train {RUNS['plain']} --name plain", runs / "plain" / "args.json"
-    run(f"{plain} --lr 0.01", "runs/plain was begun with other flags (--lr 0.0005)")
+    run(f"{plain} --lr 0.01", "runs/plain was begun with other flags (--lr by default)")
     run(f"train {AC} --name plain", "--predictor vit, --rollout-steps 1, --sizes {")
     args = json.loads(path.read_text())
     for name, value in {"lr": None, "seed": "0", "num_hist": -3, "sizes": 5, "tau": 5}.items():

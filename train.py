@@ -12,6 +12,7 @@ steps are drawn, and the transition model learns to predict the next latents (`W
     python train.py --predictor vjepa2_ac            # V-JEPA 2-AC
     python train.py --variant paper                  # what DINO-WM's text says where its code does otherwise
     python train.py --decoder                        # and a decoder, to see what it imagines
+    torchrun --nproc-per-node 8 train.py --encoder dinov2    # on eight GPUs, with the same global batch
 
 Writes runs/NAME/: args.json, model.pt, log.csv, curves.png; with a decoder imagined.png and imagined.gif. A run that
 was interrupted goes on from its last epoch when the same command is given again, and ends bit for bit (on the CPU)
@@ -20,20 +21,20 @@ where it would have.
 
 import math
 import time
+from functools import partial
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 from encoders import build_encoder
 from lib import common, pictures
-from lib.common import UserError, positive
-from predictor import PREDICTORS, WorldModel, load_checkpoint
+from lib.common import RANK, WORLD_SIZE, UserError, positive, tqdm
+from predictor import LAPTOP, PREDICTORS, SIZES, WorldModel, load_checkpoint, untrained_model
 
 FIT_FRAMES = 20_000  # how many training frames are shown to an encoder that is fitted
 DECODER_LR = 3e-4  # Adam's, as released
-DECODER_FRAMES = 32  # how many frames the decoder sees in a step: the last of each window, since windows overlap
 
 
 def train(args):
@@ -42,10 +43,10 @@ def train(args):
     env, img_size = args.env or meta.get("env", "pointmaze"), args.img_size or meta.get("img_size", 64)
     kinds = [kind for kind in (args.predictor, args.variant) if kind not in ("vit", "repository")]
     directory = common.output_folder("runs", args.name or "_".join([env, args.encoder, *kinds]))
-    device = torch.device(args.device)
+    device = common.join(args.device)
 
     # a run that is there goes on with the flags that it was begun with
-    resumed, flags = None, {name: value for name, value in vars(args).items() if name != "device"}
+    resumed, flags = None, {name: value for name, value in vars(args).items() if name not in ("device", "bench")}
     if (directory / "model.pt").exists():
         resumed = load_checkpoint(directory, device)
         common.same_flags(directory, flags)
@@ -68,11 +69,13 @@ def train(args):
     num_frames = args.num_hist + args.rollout_steps
     train_windows = data.Windows(dataset, train_episodes, num_frames, args.frameskip)
     val_windows = data.Windows(dataset, val_episodes, num_frames, args.frameskip)
-    if resumed is None and hasattr(encoder, "fit"):
+    if resumed is None and hasattr(encoder, "fit") and RANK == 0:
         encoder.to(device).fit(frames_to_fit(encoder, dataset, train_episodes, rng), seed=args.seed)
 
     # the model
     stats, world = dataset.statistics(train_episodes), dict(env=env, img_size=img_size, data=str(dataset.path))
+    if len({str((len(dataset.frames), statistics)) for statistics in common.gather(stats)}) > 1:
+        raise UserError(f"the processes of torchrun see different data at {dataset.path}: give all of them the same")
     kind = dict(predictor=args.predictor, variant=args.variant, frameskip=args.frameskip, world=world)
     sizes |= {"emb_dim": encoder.dim if sizes.get("concat_dim") == 0 else 10}
     sizes |= {"decoder": decoder_sizes(args, img_size, single) if args.decoder else None}
@@ -84,13 +87,15 @@ def train(args):
     groups = [{"params": rest}]
     if decoder:
         groups.append({"params": decoder, "lr": DECODER_LR, "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(groups, lr=args.lr)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr or (2e-3 if single else 5e-4), fused=True)
 
     # the budget
-    batch_size = args.batch_size or (128 if single else 32)
+    batch_size = args.batch_size or (512 if single else 32)
     steps_per_epoch = -(-len(train_windows) // batch_size)
-    total_steps = args.steps or (args.epochs or (20 if single else 100)) * steps_per_epoch
+    total_steps = args.steps or (args.epochs or (12 if single else 100)) * steps_per_epoch
     epochs = -(-total_steps // steps_per_epoch)
+    if batch_size % WORLD_SIZE:
+        raise UserError(f"{WORLD_SIZE} processes cannot share a --batch-size of {batch_size} evenly")
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, total_steps))
     log = []
     if resumed is not None:
@@ -102,8 +107,10 @@ def train(args):
         except (KeyError, RuntimeError, ValueError):
             raise UserError(f"{directory}/model.pt does not go on with this version: remove {directory}") from None
         print(f"{directory}: going on after epoch {len(log)} of {epochs}")
+    step = DistributedDataParallel(model) if WORLD_SIZE > 1 else model  # all processes begin as the first one is
     tokens = data.token_cache(model.encoder, dataset, device)
-    common.write_json(directory / "args.json", flags)
+    if RANK == 0:
+        common.write_json(directory / "args.json", flags)
 
     # the loop
     bar = tqdm(total=total_steps, initial=len(log) * steps_per_epoch, desc="train", unit="step")
@@ -111,25 +118,26 @@ def train(args):
         torch.manual_seed(args.seed * 100_003 + epoch)  # dropout and order depend on (seed, epoch) alone
         steps = min(steps_per_epoch, total_steps - epoch * steps_per_epoch)
         order = torch.randperm(len(train_windows)).numpy()[: steps * batch_size]
+        if RANK:
+            torch.manual_seed(args.seed * 100_003 + epoch + RANK * 2**48)  # another process drops other numbers out
         model.train()
         start, total = time.perf_counter(), torch.zeros((), device=device)
         for batch in train_windows.batches(order, tokens, batch_size, device, frames=1 if decoder else 0):
-            decoder_loss = 0.0
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss, _ = model.loss(batch, args.rollout_steps)
-                if decoder:
-                    visual = model.encode(batch)["visual"][:DECODER_FRAMES, -1:]
-                    decoder_loss, *_ = model.decoder_loss(visual, batch["frames"][:DECODER_FRAMES])
+                objective, loss = step(batch, args.rollout_steps)
             optimizer.zero_grad(set_to_none=True)
-            (loss + decoder_loss).backward()
+            (objective * batch["share"]).backward()
             optimizer.step()
             schedule.step()
-            total += loss.detach()
+            total += loss * batch["share"]
             bar.update()
-        entry = {"epoch": epoch + 1, "train": total.item() / steps}
+        entry = {"epoch": epoch + 1, "train": sum(common.gather(total.item())) / WORLD_SIZE / steps}
         entry |= validate(model, val_windows, tokens, batch_size, device, args.rollout_steps)
         if not math.isfinite(entry["train"] + entry["val"]):
             raise UserError(f"the loss is not finite in epoch {epoch + 1}: try a smaller --lr")
+        if RANK:
+            log.append(entry)
+            continue  # the first process alone writes
         if decoder:
             entry |= show_imagination(model, dataset, val_episodes, num_frames, tokens, device, directory)
         log.append(entry | {"seconds": round(time.perf_counter() - start, 2)})
@@ -161,9 +169,10 @@ def validate(model, windows, tokens, batch_size, device, rollout_steps):
         visual = model.encode(batch)["visual"][:, : model.num_hist + 1]
         values = {"val": loss, **{f"val_{name}": part for name, part in parts.items()}}
         values["copy"] = model.predictor.criterion(visual[:, :-1], visual[:, 1:])
+        weight = len(visual) / len(windows) if batch["share"] else 0.0
         for name, value in values.items():
-            sums[name] = sums.get(name, 0.0) + value.item() * len(visual) / len(windows)
-    return sums
+            sums[name] = sums.get(name, 0.0) + value.item() * weight
+    return {name: sum(part[name] for part in common.gather(sums)) for name in sums}
 
 
 @torch.no_grad()
@@ -178,7 +187,7 @@ def show_imagination(model, dataset, episodes, num_frames, tokens, device, direc
     longest = lengths.max() * dataset.meta["frameskip"] // model.frameskip
     windows = data.Windows(dataset, episodes, max(num_frames, min(10, longest)), model.frameskip)
     order = np.linspace(0, len(windows) - 1, count).astype(int)
-    (batch,) = windows.batches(order, tokens, count, device, windows.num_frames)
+    batch = windows.batch(order, tokens, device, windows.num_frames)
     z, frames, H, known = model.encode(batch), batch["frames"], model.num_hist, model.context
     packed, _ = model.predictor(model.pack(z)[:, :H], model.encode_action(batch["action"][:, :H]))
     _, recon, vq = model.decoder_loss(z["visual"], frames)
@@ -193,14 +202,42 @@ def show_imagination(model, dataset, episodes, num_frames, tokens, device, direc
     return errors | pictures.likeness(imagined[:, known:], real[:, known:])
 
 
+def bench(size, device):
+    """Measures how many windows a second an untrained model learns from, with tokens that come out of the cache and
+    with frames that are encoded in every step."""
+    model = untrained_model(size, device).train()
+    N, d, batch_size = model.encoder.num_patches, model.encoder.dim, 512 if size == "laptop" else 32
+    if device.type == "cpu" and size == "paper":
+        batch_size = 2
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    rest = {"proprio": torch.randn(batch_size, 4, 4), "action": torch.randn(batch_size, 4, 10)}
+
+    def learn(visual):
+        batch = {name: tensor.to(device) for name, tensor in {"visual": visual, **rest}.items()}
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss, _ = model(batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.item()  # waits for the device
+
+    frames = torch.randint(256, (batch_size, 4, 64, 64, 3), dtype=torch.uint8)
+    calls = {"cached tokens": partial(learn, torch.randn(batch_size, 4, N, d)), "frames": partial(learn, frames)}
+    rates = common.per_second(calls, seconds=10)
+    print(f"{size} size, {N} x {d} numbers a frame, {batch_size} windows, {torch.get_num_threads()} threads, {device}")
+    for name, rate in rates.items():
+        print(f"  from {name:13} {batch_size * rate:9.3g} windows/s, {rate / rates['frames']:.2f} x")
+
+
 # ---- Data and sizes ------------------------------------------------------------------------------
 
 
 def open_or_collect(args, env, img_size):
     """The default data set of a world, which is collected first if it is not there."""
     path = data.default_folder(env, img_size)
-    if not path.exists():
-        data.collect(path, env, 3000, 20, args.frameskip, img_size)
+    if RANK == 0 and not path.exists():
+        data.collect(path, env, 2000, 20, args.frameskip, img_size)
+    common.gather(None)  # the other processes wait for the first one
     return data.open_dataset(path)
 
 
@@ -217,13 +254,6 @@ def encoder_img_size(args):
     return args.encoder_img_size or (224 if args.variant == "paper" and args.encoder.startswith("dino") else None)
 
 
-# vit has the paper's sizes for patch tokens, and sizes that suit a laptop for a single token; rwm has the paper's;
-# vjepa2_ac has small ones (the paper's: width=1024,depth=24,heads=16,mlp_dim=4096).
-COMPOSITION = dict(concat_dim=1, num_proprio_repeat=1, num_action_repeat=1)  # of vit's tokens
-PAPER = dict(depth=6, heads=16, dim_head=64, mlp_dim=2048, dropout=0.1) | COMPOSITION
-LAPTOP = dict(depth=4, heads=4, dim_head=32, mlp_dim=256, dropout=0.0) | COMPOSITION
-RWM, AC = dict(width=256, depth=2, mlp_dim=128), dict(width=128, depth=4, heads=4, mlp_dim=512)
-SIZES = {"vit": PAPER, "rwm": RWM, "vjepa2_ac": AC}
 KNOWN_SIZES = {name: common.number(int, 1, 10**5) for sizes in SIZES.values() for name in sizes}
 KNOWN_SIZES["depth"] = common.number(int, 1, 1000)
 KNOWN_SIZES |= {"dropout": common.number(float, 0, 0.99), "concat_dim": common.number(int, 0, 1)}
@@ -265,13 +295,15 @@ def get_args(argv=None):
     variant = "follow DINO-WM's released code, or its text: DINOv2 sees 224 px, an MLP embeds actions, no proprio"
     add("--variant", choices=("repository", "paper"), default="repository", help=variant)
     add("--decoder", nargs="?", const="plain", choices=("plain", "vq"), help="train a decoder, too; vq has a codebook")
-    add("--epochs", type=positive, help="passes over the windows (default: 100 for patches, 20 for one token)")
+    add("--epochs", type=positive, help="passes over the windows (default: 100 for patches, 12 for one token)")
     add("--steps", type=positive, help="gradient steps in all, instead of --epochs")
-    add("--batch-size", type=positive, help="windows per step (default: 32 for patches, 128 for one token)")
-    add("--lr", type=common.number(float, 0, 1, open_low=True), default=5e-4, help="peak learning rate of AdamW")
+    add("--batch-size", type=positive, help="windows per step (default: 32 for patches, 512 for one token)")
+    peak = "peak learning rate of AdamW (default: 5e-4 for patches, 2e-3 for one token)"
+    add("--lr", type=common.number(float, 0, 1, open_low=True), help=peak)
     add("--seed", type=common.seed_number, default=0, help="the same seed gives the same run")
     add("--name", help="name of the run under runs/ (default: ENV_ENCODER, and _PREDICTOR if it is not vit)")
     add("--device", type=common.available_device, default=common.default_device(), help="where to compute")
+    add("--bench", action="store_true", help="measure how fast models of two sizes learn, instead of training one")
     args = parser.parse_args(argv)
     args.rollout_steps = args.rollout_steps or PREDICTORS[args.predictor].rollout_steps
     if args.variant == "paper" and args.predictor != "vit":
@@ -282,5 +314,12 @@ def get_args(argv=None):
     return args
 
 
+def main():
+    args = get_args()
+    if args.bench:
+        return [bench(size, torch.device(args.device)) for size in ("laptop", "paper")]
+    train(args)
+
+
 if __name__ == "__main__":
-    common.run_script(lambda: train(get_args()))
+    common.run_script(main)

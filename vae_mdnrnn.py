@@ -528,7 +528,7 @@ def bench(args):
     for batch in (1, 64, 1024):
         params, features = torch.randn(batch, controller.num_params, device=args.device), dream.reset(batch)
         step = lambda: dream.step(controller(params, features))[1].sum().item()  # noqa: B023, E731 (waits for the device)
-        rates.append(batch * common.per_second(step, 3))
+        rates.append(batch * common.per_second({"step": step})["step"])
         print(f"{batch:5} dreams at once: {rates[-1]:9.0f} dream steps/s, {rates[-1] / rates[0]:6.1f} x one")
 
 

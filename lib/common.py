@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import ctypes
 import errno
+import functools
 import io
 import json
 import math
@@ -12,24 +13,29 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
 import threading
 import time
 import uuid
 import warnings
 from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import tqdm as progress_bars
 from torch import nn
-from tqdm import tqdm
 
 try:
     import fcntl
 except ImportError:  # on Windows nothing is locked, and what a killed process has left behind stays
     fcntl = None
 
+RANK, WORLD_SIZE = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))  # from torchrun
+tqdm = functools.partial(progress_bars.tqdm, disable=RANK > 0)  # the first process alone shows progress
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
 DISK_ERRORS |= {errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG}
 
@@ -41,7 +47,9 @@ class UserError(Exception):
 def run_script(main):
     """Runs a script's `main`. An error that a user can cause becomes one line on stderr and exit code 2."""
     try:
-        return main()
+        with open(os.devnull, "w") if RANK else contextlib.nullcontext(sys.stdout) as out:
+            with contextlib.redirect_stdout(out):  # of several processes the first one alone prints
+                return main()
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -52,6 +60,12 @@ def run_script(main):
             message = f"there is not enough memory ({message[:100]}): choose smaller sizes or a smaller --batch-size"
         elif not isinstance(error, UserError):
             raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if RANK:  # what all processes meet is said by the first one, and torchrun ends the others meanwhile
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
+        time.sleep(10)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -129,6 +143,14 @@ def available_device(text):
     return text
 
 
+def has_bfloat16(device):
+    """Whether a device computes with bfloat16 numbers, and does not only imitate it."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    known = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
+    return device == "cpu" and any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
 def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -149,7 +171,8 @@ def same_flags(directory, flags):
     path, now = Path(directory) / "args.json", json.loads(json.dumps(flags))
     before = read_json(path) if path.exists() else now
     if different := sorted(name for name in now.keys() | before.keys() if before.get(name) != now.get(name)):
-        was = ", ".join(f"--{name.replace('_', '-')} {before.get(name)}" for name in different)
+        values = [(name.replace("_", "-"), before.get(name)) for name in different]
+        was = ", ".join(f"--{name} {'by default' if value is None else value}" for name, value in values)
         cure = "give these, remove it, or choose another folder"
         raise UserError(f"{directory} was begun with other flags ({was}): {cure}")
 
@@ -366,6 +389,25 @@ def load_fitted(model, path):
 # ---- Processes, time -----------------------------------------------------------------------------
 
 
+def join(device):
+    """Joins the processes that torchrun has started, if there are any. Returns the device of this one."""
+    if WORLD_SIZE > 1:
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(days=1))  # they may wait while the first one collects
+    return torch.device(device)
+
+
+def gather(value):
+    """The `value` of every process in a list, in order. It waits until all have come here."""
+    values = [value] * WORLD_SIZE
+    if WORLD_SIZE > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 class Workers(ProcessPoolExecutor):
     """A pool of processes, each begun with `initializer(*initargs)`: `with Workers(...) as pool: pool.map(...)`."""
 
@@ -400,10 +442,15 @@ def keep_freed_memory():
             ctypes.CDLL("libc.so.6").mallopt(option, value)
 
 
-def per_second(call, seconds=1):
-    """How many times a second `call()` can be made."""
-    start, passed, calls = time.perf_counter(), 0, 0
-    while passed < seconds:
-        call()
-        calls, passed = calls + 1, time.perf_counter() - start
-    return calls / passed
+def per_second(calls, seconds=3.0):
+    """How many times a second each of `calls` {name: function} can be made. They take turns, so that whatever else the
+    machine does slows all of them, and the median of a function's turns counts."""
+    times, end = {name: [] for name in calls}, time.perf_counter() + seconds * len(calls)
+    for call in calls.values():
+        call()  # the first time is not like the others
+    while time.perf_counter() < end or not all(times.values()):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - begin)
+    return {name: 1 / np.median(passed) for name, passed in times.items()}
