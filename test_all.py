@@ -2136,7 +2136,7 @@ def test_a_run_is_gone_on_with_by_its_own_flags_alone(runs, run):
     run(f"{plain} --lr 0.01", "runs/plain was begun with other flags (--lr by default)")
     run(f"train {AC} --name plain", "--predictor vit, --rollout-steps 1, --sizes {")
     args = json.loads(path.read_text())
-    for name, value in {"lr": None, "seed": "0", "num_hist": -3, "sizes": 5, "tau": 5}.items():
+    for name, value in {"lr": 0.5, "seed": "0", "num_hist": -3, "sizes": 5, "tau": 5}.items():
         path.write_text(json.dumps(args | {name: value}))
         run(plain, f"was begun with other flags (--{name.replace('_', '-')} {value}")
     for text in ("{", "5", "[1]", "[" * 100_000, "\x00", "[[1, 2]]"):
