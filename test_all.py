@@ -821,7 +821,7 @@ def test_candidates_get_more_trials_once_luck_decides(tmp_path):
 def test_a_search_whose_candidates_are_all_equal_ends_and_loses_nothing(value, tmp_path):
     evolve(tmp_path / "c.pt", 100)
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=f"all candidates of generation 7 of c earn {value:g}: train V and M longer"):
+    with pytest.raises(UserError, match=f"all candidates of generation 7 earn {value:g}: train V and M longer"):
         evolve(tmp_path / "c.pt", 1000, lambda params, seed, trials: (np.full((len(params), trials), value), 1))
     assert contents(tmp_path) == before
 

@@ -118,9 +118,9 @@ def train_vae(
     V sees and reconstructs images (B, 3, 64, 64), or what `transform` makes of them. With `half` it computes in
     bfloat16 where that is faster.
     Deviations: ten times the paper's learning rate, lowered along a cosine, and a third of its batch, for a fraction of
-    its frames. Where small things matter, `focus`: a far fireball is a few pixels among thousands of wall, so an error
-    weighs 1 + focus * `moving`, and of 128 frames those in which much moves are more likely to be among the 32 that V
-    sees. And a smaller `beta`, since at 1 a far fireball costs more nats than it gains.
+    its frames. And where small things matter, `focus`: a far fireball is a few pixels among thousands of wall, so an
+    error weighs 1 + focus * `moving`, and of 128 frames those in which much moves are more likely to be among the 32
+    that V sees. Without it a far fireball costs more nats, at a `beta` of 1, than it gains.
     """
     device = vae.mu.weight.device
 
@@ -210,8 +210,7 @@ def mdnrnn_loss(rnn, z, a, reward, done, valid, restart, done_weight=DONE_WEIGHT
     both = valid[:, :-1] & valid[:, 1:]  # t and t + 1 are there
     losses = {"nll": mdn_nll(*rnn.mixture(h[:, :-1][both]), z[:, 1:][both]).mean() / rnn.z_dim}
     if "done" in rnn.heads:
-        logit, true = rnn.heads["done"](h[valid])[:, 0], done[valid]
-        logit = logit + math.log(done_weight)
+        logit, true = rnn.heads["done"](h[valid])[:, 0] + math.log(done_weight), done[valid]
         losses["done"] = F.binary_cross_entropy_with_logits(logit, true, 1 + (done_weight - 1) * true)
     if "reward" in rnn.heads:
         losses["reward"] = F.mse_loss(rnn.heads["reward"](h[valid])[:, 0], reward[valid])
@@ -306,8 +305,7 @@ class Agents:
         """Row i begins an episode, in which C has the weights `params`."""
         self.generators[i].manual_seed(seed)
         self.params[i], self.restart[i] = torch.as_tensor(params), 1
-        for s in self.state:
-            s[0, i] = 0
+        self.state[0][0, i] = self.state[1][0, i] = 0
 
     @torch.inference_mode()
     def __call__(self, frames):
@@ -331,8 +329,7 @@ class Dream:
     A dream begins at the first z of a real episode, with an empty memory; `start` holds mu and logvar, (E, z_dim) each.
     At a temperature `tau` above 1 it is less certain, and harder to exploit (section 4.3). Without a reward head each
     step is worth 1, and without a done head a dream lasts `max_steps`.
-    Deviation: done is drawn from its true probability; the paper's code ends the dream once the one that DONE_WEIGHT
-    has raised passes one half.
+    Deviation: done is drawn from its probability; the paper's code ends a dream where the weighted one is above 1/2.
     """
 
     def __init__(self, rnn, start, tau=1.0, max_steps=1000, cell=False, seed=0):
@@ -407,14 +404,12 @@ def evolve(scores, mean, path, popsize, trials, steps, score_trials, sigma0=0.1,
     scores(params (P, n), seed, trials) -> (P, trials) returns, and the steps that they took. All candidates of a
     generation get the same seed and so drive on the same tracks (but each dreams its own dreams). After every fifth
     generation and the last, the mean is scored over `score_trials` trials, always with the same seed.
-
     Deviation: the paper gives each candidate 16 trials. Here `trials` is the first number and the largest. At first the
     candidates differ so much that a few tracks find the better ones. Later they are alike, and luck decides. So half of
     the tracks is compared with the other half: if the candidates' mean returns on the two correlate below 1/3, then
     less than half of the variance between candidates is their own, and the rest is luck. Once that is so on average
     over five generations, the number of trials is doubled. An episode, moreover, ends after `--patience` steps without
     a reward, because few cars come back once they are off the road.
-
     CMA-ES is deterministic, so the fitness values are its checkpoint: a resumed run tells it the stored values.
     """
     begun = dict(popsize=popsize, trials=trials, sigma0=sigma0, seed=seed)
@@ -437,8 +432,7 @@ def evolve(scores, mean, path, popsize, trials, steps, score_trials, sigma0=0.1,
         returns, taken = scores(np.float32(candidates), (seed + 1) * 1_000_003 + len(log) * trials[-1], count)
         values, done = returns.mean(1), done + taken
         if not values.min() < values.max():  # a NaN fails the comparison, too
-            said = f"all candidates of generation {len(log) + 1} of {path.stem} earn {values[0]:g}"
-            raise UserError(f"{said}: train V and M longer, or choose another --tau or --sigma0")
+            raise UserError(f"all candidates of generation {len(log) + 1} earn {values[0]:g}: train V and M longer")
         es.tell(candidates, -values.astype(float))
         row = {"generation": len(log) + 1, "trials": count, "best": values.max(), "mean": values.mean()}
         row |= {"worst": values.min(), "agreement": np.corrcoef([returns[:, i::2].mean(1) for i in (0, 1)])[0, 1]}
@@ -493,7 +487,7 @@ def train_v(args):
             chunks = (frames[i : i + 500] for i in tqdm(range(0, len(frames), 500), desc="encode"))
             parts = [torch.stack(vae.encode(to_tensor(chunk, args.device))) for chunk in chunks]
             common.write_atomic(latents, lambda path: np.save(path, torch.cat(parts, 1).cpu().numpy()))  # (2, S, z_dim)
-        index = np.linspace(seen + 1, len(frames) - 1, 500).astype(int)
+        index = np.linspace(seen, len(frames) - 1, 500).astype(int)
         x, before = (to_tensor(frames[i], args.device) for i in (index, index - 1))
         recon = vae.decode(vae.encode(x)[0])
         error, moves = (recon - x).square().mean(1, keepdim=True), moving(x, before)
@@ -553,13 +547,12 @@ def test(args):
                 returns, _ = dream_scores(dream, controller, who[None], 777_000_000 + args.seed, args.test_episodes)
                 results[name]["dream"] = returns[0].tolist()
         name, who = min(found.items())
-        median = int(np.argsort(results[name]["real"])[args.test_episodes // 2])
-        (episode,) = pool.map(jobs(who, median))
+        (episode,) = pool.map(jobs(who, int(np.argsort(results[name]["real"])[args.test_episodes // 2])))  # the median
     common.write_json(args.run / "test.json", {"env": args.test_env or args.env, "seed": args.seed, "returns": results})
     print(f"return over {args.test_episodes} episodes: mean ± standard deviation (and ± 95 % interval of the mean)")
-    for player, result in results.items():
-        said = {w: (np.mean(r), np.std(r), 1.96 * np.std(r) / len(r) ** 0.5) for w, r in result.items()}
-        print(f"{player:16}", *("{} {:.0f} ± {:.0f} (± {:.0f})  ".format(where, *s) for where, s in said.items()))
+    for player, where in ((player, where) for player, result in results.items() for where in result):
+        mean, std = np.mean(results[player][where]), np.std(results[player][where])
+        print(f"{player:16} {where:5} {mean:7.1f} ± {std:5.1f} (± {1.96 * std / args.test_episodes**0.5:.1f})")
     dreamer = lambda obs: controller(torch.from_numpy(who)[None], torch.from_numpy(obs["proprio"])[None])[0]  # noqa: E731
     dreamt = play_alone(DreamEnv(make_dream(args, rnn, name), vae), dreamer, args.seed, args.max_steps)["frames"]
     both = pictures.beside(dreamt[: len(episode["frames"])], episode["frames"][: len(dreamt)])
@@ -640,8 +633,7 @@ def make_agents(args):
 
 
 STEPS = {"collect": collect, "train-v": train_v, "train-m": train_m, "train-c": train_c, "test": test}
-FIVE = tuple(STEPS.values())
-STEPS |= {"all": lambda args: [step(args) for step in FIVE][-1], "iterate": iterate, "bench": bench}
+STEPS |= {"all": lambda args: [STEPS[name](args) for name in list(STEPS)[:5]][-1], "iterate": iterate, "bench": bench}
 
 
 def main(argv=None):

@@ -17,7 +17,7 @@ from lib.worlds import ENVIRONMENTS
 # `patience` also ends the random episodes early, so that fewer frames show nothing but grass.
 RECIPES = {
     "takecover": dict(action_dim=1, squash="tanh", policy="hold", max_steps=2100, patience=2100, episodes=2400)
-    | dict(z_dim=64, v_steps=8000, beta=0.1, focus=50.0, hidden=512, heads="done", restart=True, m_steps=6000)
+    | dict(z_dim=64, v_steps=8000, beta=1.0, focus=50.0, hidden=512, heads="done", restart=True, m_steps=6000)
     | dict(cell=True, bias=False, where="dream", tau=[3.0], trials=[4, 16], c_steps=20_000_000, score_trials=200),
     "carracing": dict(action_dim=3, squash="car", policy="brownian", max_steps=1000, patience=100, episodes=300)
     | dict(z_dim=32, v_steps=8000, beta=1.0, focus=50.0, hidden=256, heads="reward", restart=False, m_steps=3000)
@@ -41,8 +41,8 @@ def parse_args(argv, steps, description):
     add("--device", type=common.available_device, default=common.default_device(), help="where V, M and dreams compute")
     add("--workers", type=positive, default=os.cpu_count(), help="number of processes with a real environment")
     add("--max-steps", type=positive, help="the most steps of an episode, real or dreamt")
-    add("--patience", type=positive, help="an episode ends after so many steps without a reward; not in `test`")
-    add("--episodes", type=positive, help="number of episodes to collect (the paper: 10,000)")
+    add("--patience", type=positive, help="steps without a reward after which an episode ends, except in `test`")
+    add("--episodes", type=common.number(int, 2, 10**7), help="number of episodes to collect (the paper: 10,000)")
     add("--sizes", type=common.key_values(SIZES), default={}, help="z_dim, hidden (LSTM units), n_mix (Gaussians), "
         "mixture (vector: over the whole z; dimension: for each of its numbers), as z_dim=32,hidden=256")  # fmt: skip
     add("--v-steps", type=positive, help="steps of Adam for V")
@@ -53,12 +53,8 @@ def parse_args(argv, steps, description):
     add("--in", dest="where", choices=("dream", "real"), help="where C is trained")
     add("--tau", type=common.above_zero, nargs="+", help="temperature of the dream; several train a C for each")
     add("--popsize", type=common.number(int, 4, 10**5), default=64, help="candidates per generation of CMA-ES")
-    add(
-        "--trials",
-        type=common.number(int, 2, 10**5),
-        nargs="+",
-        help="episodes per candidate, first and at most (the paper: 16)",
-    )
+    add("--trials", type=common.number(int, 2, 10**5), nargs="+",
+        help="episodes per candidate, at first and at most (the paper: 16)")  # fmt: skip
     add("--c-steps", type=common.number(int, 1, 10**11), help="steps, real or dreamt, after which C's search ends (the "
         "paper's CarRacing: 1,800 generations of about a million)")  # fmt: skip
     add("--sigma0", type=common.above_zero, default=0.1, help="first standard deviation of CMA-ES")
@@ -77,7 +73,7 @@ def parse_args(argv, steps, description):
     return args
 
 
-# ---- A run's files ----------------------------------------------------------------------------
+# ---- A run's files -------------------------------------------------------------------------------
 
 
 def need(args, name, step):
@@ -111,4 +107,4 @@ def load_controller(path, size):
 
 def first_held_out(dataset):
     """The number of the first episode that V and M never learn from: it and those after it are the last twentieth."""
-    return max(1, len(dataset) - max(1, len(dataset) // 20))
+    return len(dataset) - max(1, len(dataset) // 20)

@@ -257,11 +257,8 @@ def play(envs, agents, jobs):
                 agents.begin(i, job["who"], job["seed"])
             episodes[number] = yield from rollout(env, **job)
 
-    seats, frames = (
-        {i: seat(i, env) for i, env in enumerate(envs)},
-        np.zeros((BATCH, *envs[0].observation_space["visual"].shape), np.uint8),
-    )
-    actions = [None] * BATCH  # so a generator begins
+    seats, actions = {i: seat(i, env) for i, env in enumerate(envs)}, [None] * BATCH  # with None a generator begins
+    frames = np.zeros((BATCH, *envs[0].observation_space["visual"].shape), np.uint8)
     while True:
         for i in list(seats):
             try:
