@@ -282,12 +282,13 @@ def test_camera_sees_the_ball_where_it_is_and_no_goal_marker():
 
 
 @pytest.mark.parametrize("name, low, module", [("takecover", [-1], "vizdoom.gymnasium_wrapper"),
-                                               ("carracing", [-1, 0, 0], "Box2D")])  # fmt: skip
+                                               ("carracing", [-1, 0, 0], "envpool"),
+                                               ("carracing-gymnasium", [-1, 0, 0], "Box2D")])  # fmt: skip
 def test_the_papers_environments_repeat_with_their_seed(name, low, module, one_process, monkeypatch):
     job = dict(who="hold", seed=(2**31 - 1) * 1_000_003, steps=30)  # the largest seed of vae_mdnrnn.py
     with worlds.EpisodePool(1, name, 64) as pool:
         one, two = pool.map([job, job])
-    assert worlds._env.action_space.low.tolist() == low
+    assert worlds._envs[0].action_space.low.tolist() == low
     assert one["frames"].shape == (30, 64, 64, 3) and one["frames"].dtype == np.uint8
     assert all(np.array_equal(one[array], two[array]) for array in data.Dataset.ARRAYS)
     monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
@@ -295,15 +296,37 @@ def test_the_papers_environments_repeat_with_their_seed(name, low, module, one_p
         worlds.make_env(name)
 
 
-def test_carracing_draws_what_gymnasium_draws():
-    own, original = worlds.make_env("carracing"), gym.make("CarRacing-v3")
-    for seed in (0, 1):  # the second track is drawn anew
-        own.reset(seed=seed)
-        assert np.array_equal(own.screen, original.reset(seed=seed)[0][:84])
-        for t in range(80):  # the first 50 frames zoom in
-            action = np.array([math.sin(t / 10), 0.5, 0], np.float32)
-            own.step(action)
-            assert np.array_equal(own.screen, original.step(action)[0][:84])
+class MersenneTwister(np.random.RandomState):
+    """Random numbers as libstdc++ makes them of std::mt19937, from which EnvPool draws its tracks."""
+
+    def uniform(self, low, high):
+        first, second = self.randint(0, 2**32, 2, np.uint64)
+        return (first + second * 2.0**32) / 2.0**64 * (high - low) + low
+
+
+def test_carracing_is_gymnasiums_on_the_same_track():
+    fast, original = worlds.make_env("carracing"), worlds.make_env("carracing-gymnasium")
+    original.env.unwrapped._np_random = MersenneTwister(3)
+    fast.reset(seed=3), original.begin(None)
+    for t in range(80):
+        action = np.array([math.sin(t / 10), 0.5, 0])
+        (ours, *outcome, _), (theirs, *expected, _) = fast.step(action), original.step(action)
+        np.testing.assert_allclose(outcome, expected, atol=1e-3)
+        difference = np.abs(ours["visual"].astype(int) - theirs["visual"])
+        assert difference.mean() < 5 and fast.state == pytest.approx(original.state, abs=1e-2)
+    assert fast.state > 5  # some tiles were visited
+
+
+def test_a_game_that_dies_is_one_line():
+    tasks = lambda: Path("/proc/self/task").glob("*/children")  # noqa: E731
+    children = lambda: {child for task in tasks() for child in task.read_text().split()}  # noqa: E731
+    before, env = children(), worlds.make_env("takecover")
+    env.reset(seed=0)
+    (engine,) = children() - before
+    os.kill(int(engine), signal.SIGKILL)
+    with pytest.raises(UserError, match="a game of takecover broke off .*: give the same command again"):
+        for _ in range(5):
+            env.step(np.zeros(1))
 
 
 def test_takecover_moves_left_and_right():
@@ -317,24 +340,44 @@ def test_takecover_moves_left_and_right():
 
 def test_random_policies():
     space = gym.spaces.Box(-1, 1, (2,))
-    hold, brownian = (worlds.RandomPolicy(kind, space, np.random.default_rng(0)) for kind in ("hold", "brownian"))
-    changes = np.diff([hold(None) for _ in range(2000)], axis=0)
+    hold, brownian = (worlds.random_actions(kind, space, np.random.default_rng(0)) for kind in ("hold", "brownian"))
+    changes = np.diff(list(itertools.islice(hold, 2000)), axis=0)
     lengths = np.diff(np.flatnonzero(np.any(changes != 0, 1)))
     assert lengths.min() == 1 and 50 < lengths.max() < 100
-    steps = np.diff([brownian(None) for _ in range(2000)], axis=0)
+    steps = np.diff(list(itertools.islice(brownian, 2000)), axis=0)
     assert 0.1 < steps[np.abs(steps).max(1) > 0].std() < 0.15  # sqrt(1 / 50) = 0.141, less at the bounds
 
 
+class Counting:
+    """A world that ends with the last of its rewards, and notes which of its frames were asked for. The agent of `play`
+    counts its own steps, and each frame shows the seed and the last action."""
+
+    observation_space = {"visual": np.zeros((2, 2, 3), np.uint8)}
+
+    def __init__(self, *rewards):
+        self.rewards, self.rendered, self.state, self.seen = rewards, [], np.zeros(1), {}
+
+    def reset(self, seed):
+        self.seed, self.left = seed, list(self.rewards)
+        return {"visual": np.full((2, 2, 3), seed, np.uint8)}, {}
+
+    def step(self, action, render):
+        self.rendered.append(render)
+        frame = np.full((2, 2, 3), self.seed + 10 * action[0], np.uint8)
+        return {"visual": frame}, self.left.pop(0), not self.left, False, {}
+
+    def begin(self, i, who, seed):
+        self.seen[i] = who
+
+    def __call__(self, frames):
+        self.seen = {i: count + 1 for i, count in self.seen.items()}
+        return np.array([[self.seen.get(i, -1)] for i in range(len(frames))])
+
+
 def play(*rewards, **options):
-    """An episode in a world that ends with the last of these rewards, and which of its frames were asked for."""
-    rewards, count, rendered, obs = list(rewards), itertools.count(), [], {"visual": np.zeros((2, 2, 3), np.uint8)}
-
-    def step(action, render):
-        rendered.append(render)
-        return obs, rewards.pop(0), not rewards, False, {}
-
-    world = types.SimpleNamespace(state=np.zeros(1), step=step)
-    return worlds.rollout(world, obs, lambda obs: np.array([next(count)]), 9, **options), rendered
+    env = Counting(*rewards)
+    (episode,) = worlds.play([env], env, [dict(who=-1, seed=0, steps=9, **options)])
+    return episode, env.rendered
 
 
 def test_a_row_is_frameskip_steps_and_one_frame_and_an_episode_ends_early_if_nothing_is_earned():
@@ -344,6 +387,31 @@ def test_a_row_is_frameskip_steps_and_one_frame_and_an_episode_ends_early_if_not
     assert episode["actions"].tolist() == [[0, 1, 2], [3, 4, 4]]  # the last action fills the row
     assert episode["rewards"].tolist() == [6, 9] and episode["dones"].tolist() == [False, True]
     assert rendered == [False, False, True, False, False] and episode["frames"].shape == (2, 2, 2, 3)
+    assert "frames" not in play(1, 2, film=False)[0]
+
+
+def test_where_an_episode_ends_the_next_begins():
+    envs = [Counting(*[1] * length) for length in (2, 3)]
+    jobs = [dict(who=100 * seed - 1, seed=seed, steps=steps) for seed, steps in enumerate((9, 1, 9, 9, 9))]
+    episodes = worlds.play(envs, agents := Counting(), jobs)
+    assert [len(e["rewards"]) for e in episodes] == [2, 1, 3, 2, 2]
+    for job, episode in zip(jobs, episodes, strict=True):
+        first = job["who"] + 1
+        assert episode["actions"][:, 0].tolist() == [first + t for t in range(len(episode["actions"]))]
+        assert episode["frames"][0, 0, 0, 0] == job["seed"] and len(agents.seen) == 2
+
+
+def test_an_episode_is_the_same_alone_and_beside_others():
+    """To the last bit: C's actions depend on all that V and M compute."""
+    agents = wm.Agents(wm.VAE(4).eval(), wm.MDNRNN(4, 3, 8).eval(), c := wm.Controller(12, 3, squash="car"), False)
+    envs = [worlds.make_env("carracing") for _ in range(3)]
+    jobs = [dict(who=torch.randn(c.num_params).numpy(), seed=i, steps=5 + i) for i in range(5)]
+    together, alone = worlds.play(envs, agents, jobs), [worlds.play(envs[:1], agents, [job])[0] for job in jobs]
+    for one, other in zip(together, alone, strict=True):
+        assert all(np.array_equal(one[name], other[name]) for name in data.Dataset.ARRAYS)
+    assert not np.array_equal(together[0]["actions"][:5], together[1]["actions"][:5])
+    with pytest.raises(UserError, match="not a number, so V, M or C is broken"):
+        worlds.play(envs, agents, [*jobs[:2], jobs[2] | {"who": jobs[2]["who"] * math.nan}])
 
 
 # -- data.py ------------------------------------------------------------------------------------------------
@@ -623,7 +691,7 @@ def test_m_predicts_what_follows_the_steps_that_it_has_seen_and_nothing_that_is_
         state = None
         for t in range(length):
             h, state = rnn(z[e, None, t, None], a[e, None, t, None], restart[e, None, t, None], state)
-            p = torch.sigmoid(rnn.heads["done"](h[0, 0])[0])
+            p = torch.sigmoid(rnn.heads["done"](h[0, 0])[0] + math.log(wm.DONE_WEIGHT))
             parts["done"].append(-(wm.DONE_WEIGHT * p.log() if done[e, t] else (1 - p).log()))
             parts["reward"].append((rnn.heads["reward"](h[0, 0])[0] - reward[e, t]).square())
             if t < length - 1:
@@ -638,16 +706,20 @@ def test_m_predicts_what_follows_the_steps_that_it_has_seen_and_nothing_that_is_
 def test_an_agent_acts_before_m_sees_its_action(cell, monkeypatch):
     """Frame by frame: z = V(o), a = C(z, h), h = M(z, a, h); M is told of the first step alone that it is the first."""
     vae, rnn, seen = wm.VAE(4).eval(), wm.MDNRNN(4, 1, 8, restart=True).eval(), []
-    monkeypatch.setattr(wm, "sample_z", lambda mu, *_: mu)
     controller, state = wm.Controller(12 + 8 * cell, 1), (torch.zeros(1, 1, 8), torch.zeros(1, 1, 8))
+    monkeypatch.setattr(wm, "bfloat16", contextlib.nullcontext)
+    monkeypatch.setattr(vae, "encode", lambda x, encode=vae.encode: (encode(x)[0], torch.full((len(x), 4), -80.0)))
     recorded = lambda params, features: (seen.append(features), controller(params, features))[1]  # noqa: E731
-    agent = wm.Agent(vae, rnn, recorded, cell, torch.randn(controller.num_params))
+    recorded.num_params = controller.num_params
+    agents, frames = wm.Agents(vae, rnn, recorded, cell, size=3), np.random.default_rng(0)
+    agents(np.zeros((3, 64, 64, 3), "B"))  # an earlier episode leaves nothing behind
+    agents.begin(1, torch.randn(controller.num_params), 0)
     with torch.inference_mode():
-        for t, frame in enumerate(np.random.default_rng(0).integers(0, 255, (3, 64, 64, 3), "B")):
-            action = torch.from_numpy(agent({"visual": frame}))
+        for t, frame in enumerate(frames.integers(0, 255, (3, 64, 64, 3), "B")):
+            action = torch.from_numpy(agents(np.stack([0 * frame, frame, frame]))[1:2])
             z = vae.encode(common.to_tensor(frame[None]))[0]
-            close(seen[t], torch.cat([z, state[0][0], *([state[1][0]] if cell else [])], 1))
-            _, state = rnn(z[None], action[None, None], torch.tensor([[float(t == 0)]]), state)
+            close(seen[t + 1][1:2], torch.cat([z, state[0][0], *([state[1][0]] if cell else [])], 1))
+            _, state = rnn(z[None], action[None], torch.tensor([[float(t == 0)]]), state)
 
 
 def test_m_sees_whole_episodes(tmp_path, monkeypatch):
@@ -663,8 +735,8 @@ def test_m_sees_whole_episodes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(wm, "mdnrnn_loss", loss)
     dataset = fake_dataset(tmp_path / "d", lengths, dof=1)
-    wm.train_mdnrnn(wm.MDNRNN(2, 1, 4), np.zeros((2, 53, 2), np.float32), dataset, 20, batch_size=2)
-    assert seen == {0, 1, 2}
+    wm.train_mdnrnn(wm.MDNRNN(2, 1, 4), np.zeros((2, 53, 2), np.float32), dataset, [0, 2], 20, batch_size=2)
+    assert seen == {0, 2}
 
 
 def test_controller_is_one_linear_layer_for_each_row():
@@ -685,9 +757,9 @@ def test_dream_scores_count_each_dream_to_its_own_end():
     """With a reward of 1 scores are the geometric lifetimes that done's probability gives."""
     dream = tiny_dream("done", 300)
     nn.init.zeros_(dream.rnn.heads["done"].weight)
-    nn.init.constant_(dream.rnn.heads["done"].bias, np.log(0.05 / 0.95) + np.log(wm.DONE_WEIGHT))
-    scores = wm.dream_scores(dream, wm.Controller(20, 1), np.zeros((40, 21), "f"), 0, 50)
-    assert scores.shape == (40, 50) and scores.min() == 1
+    nn.init.constant_(dream.rnn.heads["done"].bias, np.log(0.05 / 0.95))
+    scores, steps = wm.dream_scores(dream, wm.Controller(20, 1), np.zeros((40, 21), "f"), 0, 50)
+    assert scores.shape == (40, 50) and scores.min() == 1 and scores.sum() == steps
     assert scores.mean() == pytest.approx(20, abs=1.5) and scores.std() == pytest.approx(20, abs=3)
 
 
@@ -698,15 +770,16 @@ def test_dream_scores_give_each_candidate_its_own_weights():
     dream.rnn.lstm.weight_ih_l0[:, 4] = 1.0  # only the action reaches M
     nn.init.ones_(dream.rnn.heads["reward"].weight)
     params[:, -1] = torch.tensor([-2.0, 0.0, 2.0])
-    scores = wm.dream_scores(dream, wm.Controller(20, 1), params, 0, 2).mean(1)
+    scores = wm.dream_scores(dream, wm.Controller(20, 1), params, 0, 2)[0].mean(1)
     assert scores[0] < scores[1] < scores[2]
 
 
 def test_a_dream_lasts_its_limit_and_repeats_with_its_seed():
     params = torch.randn(3, 21)
-    scores = [wm.dream_scores(tiny_dream("reward"), wm.Controller(20, 1), params, seed, 4) for seed in (1, 1, 2)]
+    scores = [wm.dream_scores(tiny_dream("reward"), wm.Controller(20, 1), params, seed, 4)[0] for seed in (1, 1, 2)]
     assert np.array_equal(scores[0], scores[1]) and not np.array_equal(scores[0], scores[2])
-    assert (wm.dream_scores(tiny_dream(""), wm.Controller(20, 1), params, 0, 4) == 20).all()
+    scores, steps = wm.dream_scores(tiny_dream(""), wm.Controller(20, 1), params, 0, 4)
+    assert (scores == 20).all() and steps == 12 * 20
 
 
 def test_dream_env_is_a_gymnasium_environment():
@@ -717,21 +790,46 @@ def test_dream_env_is_a_gymnasium_environment():
     assert env.render().shape == (64, 64, 3) and env.render().dtype == np.uint8
 
 
-def test_evolve_finds_an_optimum_and_resumes_bit_for_bit(tmp_path):
-    def evolve(name, generations):
-        scores = lambda params, seed, trials: -np.square(params - np.arange(5) / 5).sum(1, keepdims=True)  # noqa: E731
-        return wm.evolve(scores, np.zeros(5), tmp_path / name, 8, 2, generations, 3, seed=2**31 - 1)
+def paraboloid(params, seed, trials):
+    """Returns with their optimum at (0, .2, .4, .6, .8), and that each took a step."""
+    return np.repeat(-np.square(params - np.arange(5) / 5).sum(1, keepdims=True), trials, 1), len(params) * trials
 
-    whole = evolve("whole.pt", 60)
-    evolve("parts.pt", 23)
-    parts = evolve("parts.pt", 60)
+
+def evolve(path, steps, scores=paraboloid, trials=(2, 2)):
+    return wm.evolve(scores, np.zeros(5), path, 8, list(trials), steps, 4, seed=2**31 - 1)
+
+
+def test_evolve_finds_an_optimum_and_resumes_bit_for_bit(tmp_path):
+    whole = evolve(tmp_path / "whole.pt", 1000)
+    evolve(tmp_path / "parts.pt", 384)  # as many as 23 generations take, with four scores
+    parts = evolve(tmp_path / "parts.pt", 1000)
     assert whole["score"] > -1e-3
+    assert whole["log"][-1]["steps"] == 60 * 16 + 12 * 4 >= 1000 and len(whole["fitness"]) == 60
     assert torch.equal(parts["params"], whole["params"]) and parts["fitness"] == whole["fitness"]
+
+
+def test_candidates_get_more_trials_once_luck_decides(tmp_path):
+    def noisy(params, seed, trials):
+        returns, steps = paraboloid(params, seed, trials)
+        return returns + noise * np.random.default_rng(seed).standard_normal(returns.shape), steps
+
+    for noise, expected in {0: [2] * 12, 100: [2] * 5 + [4] * 5 + [6] * 2}.items():
+        log = evolve(tmp_path / f"{noise}.pt", 500, noisy, (2, 6))["log"]
+        assert [row["trials"] for row in log][:12] == expected
+
+
+@pytest.mark.parametrize("value", [3.0, math.nan])
+def test_a_search_whose_candidates_are_all_equal_ends_and_loses_nothing(value, tmp_path):
+    evolve(tmp_path / "c.pt", 100)
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=f"all candidates of generation 7 earn {value:g}: train V and M longer"):
+        evolve(tmp_path / "c.pt", 1000, lambda params, seed, trials: (np.full((len(params), trials), value), 1))
+    assert contents(tmp_path) == before
 
 
 SMALL = (
     "--env pointmaze --episodes 6 --max-steps 8 --v-steps 4 --sizes z_dim=4,hidden=8 --m-steps 6 "
-    "--popsize 4 --trials 2 --generations 4 --score-trials 2 --test-episodes 2 --workers 1"
+    "--popsize 4 --trials 2 --c-steps 260 --score-trials 2 --test-episodes 2 --workers 1"
 ).split()
 
 
@@ -778,18 +876,19 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(finished,
     assert ours == theirs  # and nothing is left over
     names = {path.name for path in finished.iterdir()}
     assert names >= {"data", "latents.npy", "test.json", "reconstructions.png", "dream.gif", "args.json"}
+    assert names >= {"held_out.json"}
     assert names >= {f"{model}.{kind}" for model in ("vae", "rnn", "c_dream_tau1") for kind in ("pt", "csv")}
     returns = json.loads((finished / "test.json").read_text())["returns"]
     assert len(returns["random"]["real"]) == len(returns["dream_tau1"]["dream"]) == 2
 
 
 def test_c_in_the_real_environment_and_several_temperatures(wm_run):
-    assert wm_run("train-c", "--in", "real", "--generations", 2)[0] == 0
+    assert wm_run("train-c", "--in", "real", "--c-steps", 70)[0] == 0
     assert len(common.load_tensors(wm_run.path / "c_real.pt")["fitness"]) == 2
-    assert wm_run("train-c", "--generations", 2, "--tau", 0.5, 1.3)[0] == 0
+    assert wm_run("train-c", "--c-steps", 70, "--tau", 0.5, 1.3)[0] == 0
     code, out, _ = wm_run("test")
     returns = json.loads((wm_run.path / "test.json").read_text())["returns"]
-    assert code == 0 and set(returns) == {"random", "real", "dream_tau0.5", "dream_tau1", "dream_tau1.3"}
+    assert code == 0 and set(returns) == {"random", "zero", "real", "dream_tau0.5", "dream_tau1", "dream_tau1.3"}
     assert all(name in out for name in returns)
 
 
@@ -818,6 +917,7 @@ def test_iterations_build_on_each_other(tmp_path, monkeypatch, script, one_proce
 
 
 STEPS = [("train-v", "vae.pt"), ("train-v", "reconstructions.png"), ("train-m", "rnn.csv"), ("train-m", "rnn.pt")]
+STEPS += [("train-m", "held_out.json")]
 STEPS += [("train-c", "c_dream_tau1.pt"), ("test", "test.json"), ("test", "dream.gif")]
 
 
@@ -943,7 +1043,9 @@ data | cannot write | --out /proc/none/d / --episodes 1 --out cut/meta.json/d
 data | unrecognized arguments: --overwrite | --overwrite
 vae_mdnrnn | invalid choice | learn / all --env nowhere / all --in sea
 vae_mdnrnn | not a whole number of at least 0 | all --seed -1 / all --seed 4294967295
-vae_mdnrnn | not a whole number of at least 1 | all --generations 1e3 / all --sizes z_dim=-3
+vae_mdnrnn | not a whole number of at least 1 | all --c-steps 1e3 / all --sizes z_dim=-3
+vae_mdnrnn | not a whole number of at least 2 | all --trials 1
+vae_mdnrnn | --trials takes one or two numbers, not 3 | all --trials 2 4 8
 vae_mdnrnn | not a whole number of at least 4 | all --popsize 3 / all --popsize 1000000000
 vae_mdnrnn | not a number above 0 | all --tau nan / all --tau inf / all --tau 0 / all --sigma0 1e200 / all --lr inf
 vae_mdnrnn | a temperature stands twice in --tau | all --tau 1.2 1.20

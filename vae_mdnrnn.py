@@ -32,9 +32,9 @@ from tqdm import tqdm
 
 import data
 from lib import common, pictures
-from lib.common import UserError, fit, to_frames, to_tensor
-from lib.recipes import RUN_FLAGS, parse_args
-from lib.worlds import DreamEnv, EpisodePool, make_env, rollout
+from lib.common import UserError, bfloat16, fit, to_frames, to_tensor
+from lib.recipes import RUN_FLAGS, c_names, first_held_out, load_controller, load_data, need, parse_args
+from lib.worlds import BATCH, DreamEnv, EpisodePool, play_alone
 
 # ---- V: what is seen, in few numbers -------------------------------------------------------------
 
@@ -95,29 +95,47 @@ def sample_z(mu, logvar, generator=None):
     return mu + torch.exp(logvar / 2) * noise
 
 
-def vae_loss(recon, x, mu, logvar, beta=1.0, kl_tolerance=0.5):
+def vae_loss(recon, x, mu, logvar, beta=1.0, kl_tolerance=0.5, weight=1.0):
     """Squared error summed over the frame + beta * KL(q(z|x) || N(0, 1)), mean over the batch. As in the paper's code
-    the KL has no gradient below kl_tolerance nats per latent dimension."""
-    recon_loss = (recon - x).square().sum((1, 2, 3))  # (B,)
+    the KL has no gradient below kl_tolerance nats per latent dimension. `weight` (B, 1, H, W) is that of each pixel."""
+    recon_loss = (weight * (recon - x).square()).sum((1, 2, 3))  # (B,)
     kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1)  # (B,)
     return (recon_loss + beta * kl.clamp(min=kl_tolerance * mu.shape[1])).mean()
 
 
-def train_vae(vae, frames, steps, lr=1e-3, beta=1.0, kl_tolerance=0.5, seed=0, transform=None, path=None):
+def moving(x, before):
+    """What moves in frames x (B, 3, H, W): the change of each pixel since the frame `before` it, less twice the median
+    change of its frame, which is the camera's doing. It is 0 to 0.5, (B, 1, H, W)."""
+    change = (x - before).abs().mean(1, keepdim=True)  # (B, 1, H, W)
+    return (change - 2 * change.flatten(1).median(1).values[:, None, None, None]).clamp(0, 0.5)
+
+
+def train_vae(
+    vae, frames, steps, lr=1e-3, beta=1.0, kl_tolerance=0.5, focus=0.0, half=False, seed=0, transform=None, path=None
+):
     """Fits the VAE in place to uint8 frames (S, 64, 64, 3), which may be memory-mapped, and keeps it in `path`.
 
-    V sees and reconstructs images (B, 3, 64, 64), or what `transform` makes of them.
+    V sees and reconstructs images (B, 3, 64, 64), or what `transform` makes of them. With `half` it computes in
+    bfloat16 where that is faster.
     Deviations: ten times the paper's learning rate, lowered along a cosine, and a third of its batch, for a fraction of
-    its frames. Where small things move, a smaller `beta`: at 1 a far fireball costs more nats than it gains.
+    its frames. And where small things matter, `focus`: a far fireball is a few pixels among thousands of wall, so an
+    error weighs 1 + focus * `moving`, and of 128 frames those in which much moves are more likely to be among the 32
+    that V sees. Without it a far fireball costs more nats, at a `beta` of 1, than it gains.
     """
     device = vae.mu.weight.device
 
     def loss():
-        index = torch.randint(len(frames), (32,)).sort().values.numpy()
-        x = to_tensor(frames[index], device)  # (B, 3, 64, 64)
+        index = torch.randint(len(frames), (128 if focus else 32,)).sort().values.numpy()
+        x, weight = to_tensor(frames[index], device), 1.0  # (B, 3, 64, 64)
+        if focus:
+            moves = moving(x, to_tensor(frames[np.maximum(index - 1, 0)], device))  # (128, 1, 64, 64)
+            much = moves.sum((1, 2, 3))
+            seen = torch.multinomial(much + much.median() + 1e-6, 32)
+            x, weight = x[seen], 1 + focus * moves[seen]
         x = transform(x) if transform else x
-        recon, mu, logvar = vae(x)
-        return {"loss": vae_loss(recon, x, mu, logvar, beta, kl_tolerance), "recon": F.mse_loss(recon, x)}
+        with bfloat16(device, half):
+            recon, mu, logvar = (out.float() for out in vae(x))
+        return {"loss": vae_loss(recon, x, mu, logvar, beta, kl_tolerance, weight), "recon": F.mse_loss(recon, x)}
 
     return fit(vae, loss, steps, lr, seed, "train V", path, {"z_dim": vae.z_dim})
 
@@ -181,18 +199,19 @@ def mdn_sample(logpi, mu, logsigma, tau=1.0, generator=None):
 DONE_WEIGHT = 10.0  # of the rare last step of an episode, in M's loss (the paper's code: restart_factor)
 
 
-def mdnrnn_loss(rnn, z, a, reward, done, valid, restart):
+def mdnrnn_loss(rnn, z, a, reward, done, valid, restart, done_weight=DONE_WEIGHT):
     """Teacher forcing: from z_t, a_t and its state M predicts z_{t+1}, and what its heads are for.
 
     All are (B, T, ...) and padded; `valid` (B, T) marks the true steps, which come first in each row. As in the paper's
-    code the likelihood is per latent dimension, which makes it of one size with the other losses.
+    code the likelihood is per latent dimension, which makes it of one size with the other losses. The done head gives
+    the true log odds, since the weight of done is added to them here.
     """
     h, _ = rnn(z, a, restart)  # (B, T, hidden)
     both = valid[:, :-1] & valid[:, 1:]  # t and t + 1 are there
     losses = {"nll": mdn_nll(*rnn.mixture(h[:, :-1][both]), z[:, 1:][both]).mean() / rnn.z_dim}
     if "done" in rnn.heads:
-        logit, true = rnn.heads["done"](h[valid])[:, 0], done[valid]
-        losses["done"] = F.binary_cross_entropy_with_logits(logit, true, 1 + (DONE_WEIGHT - 1) * true)
+        logit, true = rnn.heads["done"](h[valid])[:, 0] + math.log(done_weight), done[valid]
+        losses["done"] = F.binary_cross_entropy_with_logits(logit, true, 1 + (done_weight - 1) * true)
     if "reward" in rnn.heads:
         losses["reward"] = F.mse_loss(rnn.heads["reward"](h[valid])[:, 0], reward[valid])
     if "action" in rnn.heads:
@@ -200,31 +219,45 @@ def mdnrnn_loss(rnn, z, a, reward, done, valid, restart):
     return {"loss": sum(losses.values()), **losses}
 
 
-def train_mdnrnn(rnn, latents, dataset, steps, batch_size=8, lr=1e-3, seed=0, path=None):
+def whole_episodes(latents, dataset, episodes, device):
+    """What `mdnrnn_loss` takes of these episodes, padded. z is drawn anew each time from its mu and logvar, which are
+    `latents` (2, S, z_dim)."""
+    starts, ends = (torch.from_numpy(np.array(x))[episodes] for x in (dataset.episode_starts, dataset.episode_ends))
+    rows = starts[:, None] + torch.arange(int((ends - starts).max()))  # (B, T)
+    valid = rows < ends[:, None]
+    rows = torch.where(valid, rows, starts[:, None]).numpy()
+    arrays = *latents, dataset.actions, dataset.rewards, dataset.dones
+    mu, logvar, a, reward, done = (torch.as_tensor(np.float32(x[rows]), device=device) for x in arrays)
+    restart = torch.zeros_like(done)
+    restart[:, 0] = 1
+    return sample_z(mu, logvar), a, reward, done, valid.to(device), restart
+
+
+def train_mdnrnn(rnn, latents, dataset, episodes, steps, batch_size=8, lr=1e-3, seed=0, path=None):
     """Fits M in place to whole episodes, because what decides the next step may lie far back (a player's wounds do).
 
-    z is drawn anew each time from its mu and logvar, `latents` (2, S, z_dim). A batch holds a random episode and others
-    of similar length, so that little of it is padding.
+    A batch holds a random one of `episodes` and others of similar length, so that little of it is padding.
     Deviations: the paper's code takes 100 parts of 500 or 999 steps at a time, and leaves out the shortest episodes.
     """
-    device = rnn.mdn.weight.device
-    starts, ends = torch.tensor(dataset.episode_starts), torch.tensor(dataset.episode_ends)
-    lengths = ends - starts
+    episodes = torch.as_tensor(episodes)
+    lengths = torch.from_numpy(dataset.episode_ends - dataset.episode_starts)[episodes]
 
     def loss():
         order = (lengths + torch.rand(len(lengths))).argsort()  # by length, ties in any order
         first = int(torch.randint(1 - batch_size, len(order), ()))  # a window of it, which may hang over the ends
-        e = order[max(0, first) : first + batch_size]
-        rows = starts[e, None] + torch.arange(int(lengths[e].max()))  # (B, T)
-        valid = rows < ends[e, None]
-        rows = rows.clamp(max=int(ends[-1]) - 1).numpy()
-        arrays = *latents, dataset.actions, dataset.rewards, dataset.dones
-        mu, logvar, a, reward, done = (torch.as_tensor(np.float32(x[rows]), device=device) for x in arrays)
-        restart = torch.zeros_like(done)
-        restart[:, 0] = 1
-        return mdnrnn_loss(rnn, sample_z(mu, logvar), a, reward, done, valid.to(device), restart)
+        batch = episodes[order[max(0, first) : first + batch_size]]
+        return mdnrnn_loss(rnn, *whole_episodes(latents, dataset, batch, rnn.mdn.weight.device))
 
     return fit(rnn, loss, steps, lr, seed, "train M", path, rnn.config, clip=1.0)
+
+
+@torch.inference_mode()
+def held_out_losses(rnn, latents, dataset, episodes):
+    """`mdnrnn_loss` of episodes that M has not seen, averaged over batches of 8; the loss of done is its true one."""
+    torch.manual_seed(0)
+    arrays = (whole_episodes(latents, dataset, e, rnn.mdn.weight.device) for e in torch.as_tensor(episodes).split(8))
+    losses = [mdnrnn_loss(rnn, *batch, done_weight=1.0) for batch in arrays]
+    return {name: torch.stack([each[name] for each in losses]).mean().item() for name in losses[0]}
 
 
 # ---- C: what to do -------------------------------------------------------------------------------
@@ -257,24 +290,34 @@ def features_of(z, state, cell):
     return torch.cat([z, h[0], c[0]] if cell else [z, h[0]], 1)
 
 
-class Agent:
-    """V, M and C acting in a real environment, frame by frame (`rollout` of section 2.4)."""
+class Agents:
+    """V, M and C in many real episodes at once, frame by frame (`rollout` of section 2.4). Each has a C of its own, and
+    random numbers of its own."""
 
-    def __init__(self, vae, rnn, controller, cell, params, seed=0):
+    def __init__(self, vae, rnn, controller, cell, size=BATCH):
         self.vae, self.rnn, self.controller, self.cell = vae, rnn, controller, cell
-        self.generator = torch.Generator().manual_seed(seed)
-        self.params = torch.as_tensor(params, dtype=torch.float32)[None]  # (1, num_params)
-        zeros = torch.zeros(1, 1, rnn.hidden)
-        self.state, self.restart = (zeros, zeros), torch.ones(1, 1)
+        self.generators = [torch.Generator() for _ in range(size)]
+        self.params, self.restart = torch.zeros(size, controller.num_params), torch.ones(size, 1)
+        self.state = torch.zeros(1, size, rnn.hidden), torch.zeros(1, size, rnn.hidden)  # h and c
 
     @torch.inference_mode()
-    def __call__(self, obs):
-        """An observation, whose frame is (64, 64, 3) uint8 -> an action (action_dim,)."""
-        z = sample_z(*self.vae.encode(to_tensor(obs["visual"][None])), self.generator)  # z = V(o)
+    def begin(self, i, params, seed):
+        """Row i begins an episode, in which C has the weights `params`."""
+        self.generators[i].manual_seed(seed)
+        self.params[i], self.restart[i] = torch.as_tensor(params), 1
+        self.state[0][0, i] = self.state[1][0, i] = 0
+
+    @torch.inference_mode()
+    def __call__(self, frames):
+        """Frames (B, 64, 64, 3) uint8 -> actions (B, action_dim)."""
+        with bfloat16(self.restart.device):
+            mu, logvar = (out.float() for out in self.vae.encode(to_tensor(frames)))
+        noise = torch.stack([torch.randn(self.vae.z_dim, generator=generator) for generator in self.generators])
+        z = mu + torch.exp(logvar / 2) * noise  # z = V(o)
         a = self.controller(self.params, features_of(z, self.state, self.cell))  # a = C(z, h)
-        _, self.state = self.rnn(z[None], a[None], self.restart, self.state)  # h = M(a, z, h)
-        self.restart = torch.zeros(1, 1)
-        return a[0].numpy()
+        _, self.state = self.rnn(z[:, None], a[:, None], self.restart, self.state)  # h = M(a, z, h)
+        self.restart = torch.zeros_like(self.restart)
+        return a.numpy()
 
 
 # ---- The dream: M as the environment -------------------------------------------------------------
@@ -286,8 +329,7 @@ class Dream:
     A dream begins at the first z of a real episode, with an empty memory; `start` holds mu and logvar, (E, z_dim) each.
     At a temperature `tau` above 1 it is less certain, and harder to exploit (section 4.3). Without a reward head each
     step is worth 1, and without a done head a dream lasts `max_steps`.
-    Deviation: done is drawn from its probability, after DONE_WEIGHT's bias has been taken off the logit; the paper's
-    code ends the dream once the biased probability passes one half.
+    Deviation: done is drawn from its probability; the paper's code ends a dream where the weighted one is above 1/2.
     """
 
     def __init__(self, rnn, start, tau=1.0, max_steps=1000, cell=False, seed=0):
@@ -315,7 +357,7 @@ class Dream:
         reward = heads["reward"](h)[:, 0] if "reward" in heads else torch.ones(len(h), device=self.device)
         done = torch.full((len(h),), self.t >= self.max_steps, device=self.device)
         if "done" in heads:  # here the dream ends an episode
-            p = torch.sigmoid(heads["done"](h)[:, 0] - math.log(DONE_WEIGHT))
+            p = torch.sigmoid(heads["done"](h)[:, 0])
             done |= torch.rand(p.shape, generator=self.generator, device=self.device) < p
         return features_of(self.z, self.state, self.cell), reward, done
 
@@ -329,11 +371,12 @@ class Dream:
 
 @torch.inference_mode()
 def dream_scores(dream, controller, params, seed, trials):
-    """Cumulative reward of every row of params (P, num_params) in `trials` dreams each: (P, trials)."""
+    """Cumulative reward of every row of params (P, num_params) in `trials` dreams each, (P, trials), and all steps."""
     dream.generator.manual_seed(seed)
     own = torch.as_tensor(params, device=dream.device).repeat_interleave(trials, 0)  # each dream has its own C
     features, alive = dream.reset(len(own)), torch.arange(len(own), device=dream.device)
     total, running = torch.zeros(len(own), device=dream.device), torch.ones(len(own), device=dream.device)
+    steps = torch.zeros((), dtype=torch.int64, device=dream.device)
     while running.any():
         if running.mean() < 0.9:  # dreams that are over need no computing
             rows = running.nonzero()[:, 0]
@@ -342,23 +385,31 @@ def dream_scores(dream, controller, params, seed, trials):
         for _ in range(10):  # to ask after each step whether any dream still runs would make a GPU wait
             features, reward, done = dream.step(controller(own, features))
             total[alive] += reward * running  # the step that ends a dream counts
+            steps += running.sum().long()
             running *= ~done
-    return total.view(len(params), trials).cpu().numpy()
+    return total.view(len(params), trials).cpu().numpy(), int(steps)
 
 
-def real_scores(pool, max_steps, params, seed, trials):
-    """Like `dream_scores`, in the real environment, and on the same `trials` tracks for every row of params (P, n). An
-    episode ends after 100 steps without a reward: few cars come back once they are off the road."""
-    jobs = [dict(who=p, seed=seed + i, steps=max_steps, patience=100) for p in params for i in range(trials)]
-    return np.array(list(pool.returns(jobs))).reshape(len(params), trials)
+def real_scores(pool, args, params, seed, trials):
+    """Like `dream_scores`, in the real environment, and on the same `trials` tracks for every row of params."""
+    limits = dict(steps=args.max_steps, patience=args.patience)
+    jobs = [dict(who=p, seed=seed + i, **limits) for p in params for i in range(trials)]
+    returns, steps = zip(*pool.returns(jobs), strict=True)
+    return np.reshape(returns, (len(params), trials)), sum(steps)
 
 
-def evolve(scores, mean, path, popsize, trials, generations, score_trials, sigma0=0.1, seed=0):
-    """CMA-ES (appendix A.4) from `mean` (n,). `path` keeps the population's mean that scored best.
+def evolve(scores, mean, path, popsize, trials, steps, score_trials, sigma0=0.1, seed=0):
+    """CMA-ES (appendix A.4) from `mean` (n,), for about `steps` steps. `path` keeps the best mean of a population.
 
-    scores(params (P, n), seed, trials) -> (P, trials) returns. All candidates of a generation get the same seed and so
-    drive on the same tracks (but each dreams its own dreams). After every fifth generation and the last, the mean is
-    scored over `score_trials` trials, always with the same seed.
+    scores(params (P, n), seed, trials) -> (P, trials) returns, and the steps that they took. All candidates of a
+    generation get the same seed and so drive on the same tracks (but each dreams its own dreams). After every fifth
+    generation and the last, the mean is scored over `score_trials` trials, always with the same seed.
+    Deviation: the paper gives each candidate 16 trials. Here `trials` is the first number and the largest. At first the
+    candidates differ so much that a few tracks find the better ones. Later they are alike, and luck decides. So half of
+    the tracks is compared with the other half: if the candidates' mean returns on the two correlate below 1/3, then
+    less than half of the variance between candidates is their own, and the rest is luck. Once that is so on average
+    over five generations, the number of trials is doubled. An episode, moreover, ends after `--patience` steps without
+    a reward, because few cars come back once they are off the road.
     CMA-ES is deterministic, so the fitness values are its checkpoint: a resumed run tells it the stored values.
     """
     begun = dict(popsize=popsize, trials=trials, sigma0=sigma0, seed=seed)
@@ -368,33 +419,34 @@ def evolve(scores, mean, path, popsize, trials, generations, score_trials, sigma
         best = load_controller(path, len(mean))
     if best["begun"] != begun:
         raise UserError(f"{path} was begun with {best['begun']} and not {begun}: remove it, or give these flags")
-    bar = tqdm(range(generations), desc=f"train C ({path.stem})")
-    for generation in bar:
+    for values in best["fitness"]:
+        es.tell(es.ask(), [-f for f in values])
+    log = best["log"]
+    done, count = (log[-1]["steps"], log[-1]["trials"]) if log else (0, trials[0])
+    bar = tqdm(total=steps, initial=done, desc=f"train C ({path.stem})", unit="step", unit_scale=True)
+    while done < steps:
+        last = [row["agreement"] for row in log if row["trials"] == count][-5:]
+        if len(last) == 5 and np.mean(last) < 1 / 3:
+            count = min(2 * count, trials[-1])
         candidates = es.ask()
-        if generation < len(best["fitness"]):
-            es.tell(candidates, [-f for f in best["fitness"][generation]])
-            continue
-        values = scores(np.float32(candidates), (seed + 1) * 1_000_003 + generation * trials, trials).mean(1)
+        returns, taken = scores(np.float32(candidates), (seed + 1) * 1_000_003 + len(log) * trials[-1], count)
+        values, done = returns.mean(1), done + taken
+        if not values.min() < values.max():  # a NaN fails the comparison, too
+            raise UserError(f"all candidates of generation {len(log) + 1} earn {values[0]:g}: train V and M longer")
         es.tell(candidates, -values.astype(float))
-        row = {"generation": generation + 1, "mean": values.mean(), "best": values.max(), "worst": values.min()}
-        if (generation + 1) % 5 == 0 or generation == generations - 1:
-            row["score"] = scores(np.float32(es.mean[None]), (seed + 2) * 1_000_003, score_trials).mean()
+        row = {"generation": len(log) + 1, "trials": count, "best": values.max(), "mean": values.mean()}
+        row |= {"worst": values.min(), "agreement": np.corrcoef([returns[:, i::2].mean(1) for i in (0, 1)])[0, 1]}
+        if row["generation"] % 5 == 0 or done >= steps:
+            returns, taken = scores(np.float32(es.mean[None]), (seed + 2) * 1_000_003, score_trials)
+            row["score"], done = returns.mean(), done + taken
             if row["score"] > best["score"]:
                 best.update(score=float(row["score"]), params=torch.tensor(es.mean, dtype=torch.float32))
         best["fitness"].append(values.tolist())
-        best["log"].append({k: float(v) for k, v in row.items()})
-        bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k != "generation"})
-        common.write_csv(path.with_suffix(".csv"), best["log"])
+        log.append({"steps": done} | {k: v if isinstance(v, int) else float(v) for k, v in row.items()})
+        bar.update(done - bar.n)
+        bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k != "agreement"})
+        common.write_csv(path.with_suffix(".csv"), log)
         common.save_tensors(path, best)
-    return best
-
-
-def load_controller(path, size):
-    """What `evolve` keeps in `path`, for a C of `size` weights."""
-    best = common.load_tensors(path)
-    params = best.get("params")
-    if not {"begun", "fitness", "log", "score"} <= best.keys() or len(params) != size or not params.isfinite().all():
-        raise UserError(f"{path} does not hold the {size} weights of C: remove it, and give train-c again")
     return best
 
 
@@ -411,7 +463,8 @@ def collect(args):
         old = data.Dataset(args.previous.run / "data")
         spans = zip(old.episode_starts, old.episode_ends, strict=True)
         before = [{name: getattr(old, name)[start:end] for name in old.ARRAYS} for start, end in spans]
-    jobs = [dict(who=policy, seed=args.seed * 1_000_003 + i, steps=args.max_steps) for i in range(args.episodes)]
+    limits = dict(steps=args.max_steps, patience=args.patience)
+    jobs = [dict(who=policy, seed=args.seed * 1_000_003 + i, **limits) for i in range(args.episodes)]
     meta = dict(env=args.env, seed=args.seed, policy="C" if before else policy, img_size=64, frameskip=1)
     with EpisodePool(args.workers, args.env, 64, *agents) as pool:
         dataset = data.write_dataset(out, itertools.chain(before, pool.map(jobs)), len(before) + len(jobs), meta)
@@ -421,21 +474,26 @@ def collect(args):
 
 def train_v(args):
     """2. V on the frames, then mu and logvar of each frame into latents.npy."""
-    frames, latents = data.Dataset(need(args, "data", "collect")).frames, args.run / "latents.npy"
+    dataset, latents = data.Dataset(need(args, "data", "collect")), args.run / "latents.npy"
+    frames, seen = dataset.frames, dataset.episode_ends[first_held_out(dataset) - 1]
     torch.manual_seed(args.seed)
     vae = VAE(args.z_dim).to(args.device)
     if args.previous:
         common.load_fitted(vae, args.previous.run / "vae.pt")
-    path = args.run / "vae.pt"
-    train_vae(vae, frames, args.v_steps, lr=args.lr, beta=args.beta, seed=args.seed, path=path)
+    flags = dict(lr=args.lr, beta=args.beta, focus=args.focus, seed=args.seed, half=True)
+    train_vae(vae, frames[:seen], args.v_steps, path=args.run / "vae.pt", **flags)
     with torch.inference_mode():
         if not latents.exists():
             chunks = (frames[i : i + 500] for i in tqdm(range(0, len(frames), 500), desc="encode"))
             parts = [torch.stack(vae.encode(to_tensor(chunk, args.device))) for chunk in chunks]
             common.write_atomic(latents, lambda path: np.save(path, torch.cat(parts, 1).cpu().numpy()))  # (2, S, z_dim)
-        some = frames[np.linspace(0, len(frames) - 1, 12).astype(int)]
-        recon = to_frames(vae.decode(vae.encode(to_tensor(some, args.device))[0]))
-    pictures.write_strips(args.run / "reconstructions.png", some, recon)
+        index = np.linspace(seen, len(frames) - 1, 500).astype(int)
+        x, before = (to_tensor(frames[i], args.device) for i in (index, index - 1))
+        recon = vae.decode(vae.encode(x)[0])
+        error, moves = (recon - x).square().mean(1, keepdim=True), moving(x, before)
+        most = moves.sum((1, 2, 3)).topk(12).indices.sort().values
+    print(f"V, held out: squared error {error.mean():.5f}, {(error * moves).sum() / moves.sum():.5f} where things move")
+    pictures.write_strips(args.run / "reconstructions.png", to_frames(x[most]), to_frames(recon[most]))
 
 
 def train_m(args):
@@ -445,7 +503,11 @@ def train_m(args):
     rnn = make_rnn(args, args.heads).to(args.device)
     if args.previous:
         common.load_fitted(rnn, args.previous.run / "rnn.pt")
-    train_mdnrnn(rnn, latents, dataset, args.m_steps, lr=args.lr, seed=args.seed, path=args.run / "rnn.pt")
+    seen, held = np.split(np.arange(len(dataset)), [first_held_out(dataset)])
+    train_mdnrnn(rnn, latents, dataset, seen, args.m_steps, lr=args.lr, seed=args.seed, path=args.run / "rnn.pt")
+    losses = held_out_losses(rnn, latents, dataset, held)
+    common.write_json(args.run / "held_out.json", losses)
+    print(f"M, held out: {', '.join(f'{name} {value:.4f}' for name, value in losses.items())}")
 
 
 def train_c(args):
@@ -456,56 +518,54 @@ def train_c(args):
     with EpisodePool(args.workers, args.env, 64, make_agents, args) if real else contextlib.nullcontext() as pool:
         for name in c_names(args):
             if real:
-                scores = functools.partial(real_scores, pool, args.max_steps)
+                scores = functools.partial(real_scores, pool, args)
             else:
                 scores = functools.partial(dream_scores, make_dream(args, rnn.to(args.device), name), controller)
-            budget = args.popsize, args.trials, args.generations, args.score_trials, args.sigma0, args.seed
             path = args.run / f"c_{name}.pt"
+            budget = args.popsize, args.trials, args.c_steps, args.score_trials, args.sigma0, args.seed
             best = evolve(scores, mean, path, *budget)
             styles = {"best": "-", "mean": "-", "worst": "-", "score": "ko-"}
-            pictures.write_log_plot(path.with_suffix(".png"), best["log"], "generation", styles, ylabel="return")
+            pictures.write_log_plot(path.with_suffix(".png"), best["log"], "steps", styles, ylabel="return")
             print(f"{path}: {controller.num_params} weights, {best['score']:.1f} in the {args.where} environment")
 
 
 def test(args):
-    """5. Every trained C and a random policy: return over --test-episodes real episodes, and as many dreams."""
+    """5. Return over --test-episodes real episodes, and as many dreams, of a random policy, of a C that is 0 and of
+    every trained C. A dream is to be believed if it grants each C what the real environment does."""
     vae, rnn, controller = load_models(args)
     there = [path.stem.removeprefix("c_") for path in sorted(args.run.glob("c_*.pt"))]
     found = {name: load_c(args, name) for name in there or c_names(args)}
+    players = {"random": "uniform", "zero": np.zeros(controller.num_params, np.float32), **found}
     first, results = 777_000_000 + args.seed * 1_000, {}
-    with EpisodePool(args.workers, args.env, 64, make_agents, args) as pool:
-        for name, who in {"random": "uniform", **found}.items():
-            jobs = [dict(who=who, seed=first + i, steps=args.max_steps) for i in range(args.test_episodes)]
-            results[name] = {"real": list(tqdm(pool.returns(jobs), f"test {name}", len(jobs)))}
-            if name.startswith("dream"):
+    jobs = lambda who, *which: [dict(who=who, seed=first + i, steps=args.max_steps) for i in which]  # noqa: E731
+    with EpisodePool(args.workers, args.test_env or args.env, 64, make_agents, args) as pool:
+        for name, who in players.items():
+            episodes = pool.returns(jobs(who, *range(args.test_episodes)))
+            results[name] = {"real": [r for r, _ in tqdm(episodes, f"test {name}", args.test_episodes)]}
+            if name != "random":
                 dream = make_dream(args, rnn, name)
-                returns = dream_scores(dream, controller, who[None], 777_000_000 + args.seed, args.test_episodes)
+                returns, _ = dream_scores(dream, controller, who[None], 777_000_000 + args.seed, args.test_episodes)
                 results[name]["dream"] = returns[0].tolist()
-    protocol = {k: getattr(args, k) for k in ("test_episodes", "seed", "max_steps")}
-    common.write_json(args.run / "test.json", {**protocol, "returns": results})
-    print(f"return over {args.test_episodes} episodes, mean ± standard deviation")
-    for name, result in results.items():
-        print(f"{name:16}", *(f"{where} {np.mean(r):.0f} ± {np.std(r):.0f}  " for where, r in result.items()))
-    film_dream(args, vae, rnn, controller, *min(found.items()))
+        name, who = min(found.items())
+        (episode,) = pool.map(jobs(who, int(np.argsort(results[name]["real"])[args.test_episodes // 2])))  # the median
+    common.write_json(args.run / "test.json", {"env": args.test_env or args.env, "seed": args.seed, "returns": results})
+    print(f"return over {args.test_episodes} episodes: mean ± standard deviation (and ± 95 % interval of the mean)")
+    for player, where in ((player, where) for player, result in results.items() for where in result):
+        mean, std = np.mean(results[player][where]), np.std(results[player][where])
+        print(f"{player:16} {where:5} {mean:7.1f} ± {std:5.1f} (± {1.96 * std / args.test_episodes**0.5:.1f})")
+    dreamer = lambda obs: controller(torch.from_numpy(who)[None], torch.from_numpy(obs["proprio"])[None])[0]  # noqa: E731
+    dreamt = play_alone(DreamEnv(make_dream(args, rnn, name), vae), dreamer, args.seed, args.max_steps)["frames"]
+    both = pictures.beside(dreamt[: len(episode["frames"])], episode["frames"][: len(dreamt)])
+    pictures.write_gif(args.run / "dream.gif", both[::3], duration=85)
     return results
 
 
-def film_dream(args, vae, rnn, controller, name, params):
-    """A dream (left) beside a real episode (right), both with the same C: dream.gif."""
-    agent, films = Agent(vae, rnn, controller, args.cell, params, args.seed), []
-    dreamer = lambda obs: controller(agent.params, torch.from_numpy(obs["proprio"])[None])[0].numpy()  # noqa: E731
-    for world, policy in ((DreamEnv(make_dream(args, rnn, name), vae), dreamer), (make_env(args.env), agent)):
-        obs, _ = world.reset(seed=args.seed)
-        films.append(rollout(world, obs, policy, min(600, args.max_steps))["frames"])
-    both = min(map(len, films))
-    pictures.write_gif(args.run / "dream.gif", pictures.beside(*(film[:both:3] for film in films)), duration=85)
-
-
 def iterate(args):
-    """Section 5: C acts, M learns what comes next (z, reward, action, and done if the recipe has it), C learns in M, C
-    acts again. Each iteration is a run of its own with all data so far, and V, M and C go on from the one before.
+    """Section 5: C acts, M learns what comes next (z, reward, action, and done if the recipe has it), C learns, C acts
+    again. Each iteration is a run of its own with all data so far, and V, M and C go on from the one before.
 
-    Deviation: V is trained further, too, because later iterations see what the first did not.
+    Deviation: V is trained further, too, because later iterations see what the first did not. And C learns where --in
+    says, in M or in the real environment.
     """
     if len(args.tau) > 1:
         raise UserError(f"iterate trains one C at a time: give one --tau, not {len(args.tau)}")
@@ -513,7 +573,7 @@ def iterate(args):
     heads = ",".join(dict.fromkeys([*args.heads.split(","), "reward", "action"]))
     for i in range(args.iterations):
         print(f"iteration {i + 1} of {args.iterations}")
-        own = dict(run=args.run / f"iteration{i + 1}", seed=args.seed + i, where="dream", heads=heads)
+        own = dict(run=args.run / f"iteration{i + 1}", seed=args.seed + i, heads=heads)
         previous = argparse.Namespace(**vars(args) | own | {"previous": previous})
         results = STEPS["all"](previous)
         returns = {**results[c_names(previous)[0]], "random": results["random"]["real"]}
@@ -533,21 +593,6 @@ def bench(args):
 
 
 # ---- What the steps read of a run ----------------------------------------------------------------
-
-
-def need(args, name, step):
-    if not (args.run / name).exists():
-        raise UserError(f"no {args.run / name}: first run python vae_mdnrnn.py {step} --env {args.env}")
-    return args.run / name
-
-
-def load_data(args):
-    """The data set, and mu and logvar of its frames, (2, S, z_dim)."""
-    dataset = data.Dataset(need(args, "data", "collect"))
-    latents = data.open_array(need(args, "latents.npy", "train-v"), 3, "f")
-    if latents.shape != (2, len(dataset.frames), args.z_dim) or not np.isfinite(latents).all():
-        raise UserError(f"{args.run}/latents.npy does not fit the frames and V: remove it, and give train-v again")
-    return dataset, latents
 
 
 def load_models(args):
@@ -575,11 +620,6 @@ def make_dream(args, rnn, name):
     return Dream(rnn, latents[:, dataset.episode_starts], tau, args.max_steps, args.cell, args.seed)
 
 
-def c_names(args):
-    """The names of what train-c makes: one C for each temperature of the dream, or one for the real environment."""
-    return [f"dream_tau{tau:g}" for tau in args.tau] if args.where == "dream" else ["real"]
-
-
 def load_c(args, name):
     """C's weights (n,) float32."""
     path = need(args, f"c_{name}.pt", "train-c")
@@ -587,14 +627,13 @@ def load_c(args, name):
 
 
 def make_agents(args):
-    """Runs in each process of a pool, and returns what makes an Agent of C's weights and a seed."""
+    """V, M and C for the real episodes of a process of a pool."""
     torch.set_num_threads(1)
-    return functools.partial(Agent, *load_models(args), args.cell)
+    return Agents(*load_models(args), args.cell)
 
 
 STEPS = {"collect": collect, "train-v": train_v, "train-m": train_m, "train-c": train_c, "test": test}
-FIVE = tuple(STEPS.values())
-STEPS |= {"all": lambda args: [step(args) for step in FIVE][-1], "iterate": iterate, "bench": bench}
+STEPS |= {"all": lambda args: [STEPS[name](args) for name in list(STEPS)[:5]][-1], "iterate": iterate, "bench": bench}
 
 
 def main(argv=None):

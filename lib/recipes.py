@@ -1,28 +1,33 @@
-"""World Models' recipes and flags: what vae_mdnrnn.py is asked to do, and what it does if it is not asked otherwise."""
+"""World Models' recipes and flags, what vae_mdnrnn.py does if it is not asked otherwise, and the files of its runs."""
 
 import argparse
 import os
 from pathlib import Path
 
+import numpy as np
+
+import data
 from lib import common
 from lib.common import UserError, positive
+from lib.worlds import ENVIRONMENTS
 
-# The paper's sizes (appendix A), with budgets for two CPU cores: an hour for takecover, one or two for carracing.
+# The paper's sizes (appendix A), with budgets for two CPU cores: an hour and a half for takecover, four for carracing.
 # Those of pointmaze are not tuned. Unlike the paper's M of CarRacing ours predicts the reward, which the dream needs.
 # `restart` tells M when an episode begins, `cell` shows C the cell state, and `squash` turns C's outputs into actions.
+# `patience` also ends the random episodes early, so that fewer frames show nothing but grass.
 RECIPES = {
-    "takecover": dict(action_dim=1, squash="tanh", policy="hold", max_steps=2100, episodes=2400)
-    | dict(z_dim=64, v_steps=5000, beta=0.1, hidden=512, heads="done", restart=True, m_steps=6000)
-    | dict(cell=True, bias=False, where="dream", tau=[3.0], popsize=64, trials=8, generations=25, score_trials=100),
-    "carracing": dict(action_dim=3, squash="car", policy="brownian", max_steps=1000, episodes=60)
-    | dict(z_dim=32, v_steps=3000, beta=1.0, hidden=256, heads="reward", restart=False, m_steps=1000)
-    | dict(cell=False, bias=True, where="real", tau=[1.0], popsize=16, trials=2, generations=50, score_trials=16),
-    "pointmaze": dict(action_dim=2, squash="tanh", policy="hold", max_steps=100, episodes=300)
-    | dict(z_dim=32, v_steps=4000, beta=0.1, hidden=256, heads="reward", restart=False, m_steps=1000)
-    | dict(cell=False, bias=True, where="dream", tau=[1.0], popsize=32, trials=8, generations=40, score_trials=100),
+    "takecover": dict(action_dim=1, squash="tanh", policy="hold", max_steps=2100, patience=2100, episodes=2400)
+    | dict(z_dim=64, v_steps=8000, beta=1.0, focus=50.0, hidden=512, heads="done", restart=True, m_steps=6000)
+    | dict(cell=True, bias=False, where="dream", tau=[3.0], trials=[4, 16], c_steps=20_000_000, score_trials=200),
+    "carracing": dict(action_dim=3, squash="car", policy="brownian", max_steps=1000, patience=100, episodes=300)
+    | dict(z_dim=32, v_steps=8000, beta=1.0, focus=50.0, hidden=256, heads="reward", restart=False, m_steps=3000)
+    | dict(cell=False, bias=True, where="real", tau=[1.0], trials=[2, 16], c_steps=12_000_000, score_trials=64),
+    "pointmaze": dict(action_dim=2, squash="tanh", policy="hold", max_steps=100, patience=100, episodes=300)
+    | dict(z_dim=32, v_steps=4000, beta=0.1, focus=0.0, hidden=256, heads="reward", restart=False, m_steps=1000)
+    | dict(cell=False, bias=True, where="dream", tau=[1.0], trials=[8], c_steps=1_500_000, score_trials=100),
 }
 SIZES = dict(z_dim=positive, hidden=positive, n_mix=positive, mixture=common.choice("vector", "dimension"))
-RUN_FLAGS = ("env", "seed", "max_steps", "episodes", "sizes", "v_steps", "beta", "m_steps", "lr")  # of V and M
+RUN_FLAGS = "env", "seed", "max_steps", "patience", "episodes", "sizes", "v_steps", "beta", "focus", "m_steps", "lr"
 
 
 def parse_args(argv, steps, description):
@@ -36,26 +41,70 @@ def parse_args(argv, steps, description):
     add("--device", type=common.available_device, default=common.default_device(), help="where V, M and dreams compute")
     add("--workers", type=positive, default=os.cpu_count(), help="number of processes with a real environment")
     add("--max-steps", type=positive, help="the most steps of an episode, real or dreamt")
-    add("--episodes", type=positive, help="number of episodes to collect (the paper: 10,000)")
+    add("--patience", type=positive, help="steps without a reward after which an episode ends, except in `test`")
+    add("--episodes", type=common.number(int, 2, 10**7), help="number of episodes to collect (the paper: 10,000)")
     add("--sizes", type=common.key_values(SIZES), default={}, help="z_dim, hidden (LSTM units), n_mix (Gaussians), "
         "mixture (vector: over the whole z; dimension: for each of its numbers), as z_dim=32,hidden=256")  # fmt: skip
     add("--v-steps", type=positive, help="steps of Adam for V")
     add("--beta", type=common.number(float, 0, 1e6), help="weight of V's KL term")
+    add("--focus", type=common.number(float, 0, 1e6), help="how much more an error weighs for V where things move")
     add("--m-steps", type=positive, help="steps of Adam for M")
     add("--lr", type=common.above_zero, default=1e-3, help="learning rate of V and M at the start")
     add("--in", dest="where", choices=("dream", "real"), help="where C is trained")
     add("--tau", type=common.above_zero, nargs="+", help="temperature of the dream; several train a C for each")
-    add("--popsize", type=common.number(int, 4, 10**5), help="candidates per generation of CMA-ES (the paper: 64)")
-    add("--trials", type=positive, help="episodes per candidate (the paper: 16)")
-    add("--generations", type=positive, help="generations of CMA-ES")
+    add("--popsize", type=common.number(int, 4, 10**5), default=64, help="candidates per generation of CMA-ES")
+    add("--trials", type=common.number(int, 2, 10**5), nargs="+",
+        help="episodes per candidate, at first and at most (the paper: 16)")  # fmt: skip
+    add("--c-steps", type=common.number(int, 1, 10**11), help="steps, real or dreamt, after which C's search ends (the "
+        "paper's CarRacing: 1,800 generations of about a million)")  # fmt: skip
     add("--sigma0", type=common.above_zero, default=0.1, help="first standard deviation of CMA-ES")
     add("--score-trials", type=positive, help="episodes by which the best C is chosen")
     add("--test-episodes", type=positive, default=100, help="real episodes, and as many dreams, for each C")
+    add("--test-env", choices=ENVIRONMENTS, help="the world that `test` plays in, if not --env: carracing-gymnasium")
     add("--iterations", type=positive, default=3, help="rounds of `iterate`")
     given = parser.parse_args(argv)
-    default = dict(run=Path(f"runs/worldmodels_{given.env}"), n_mix=5, mixture="vector", previous=None)
+    default = dict(run=Path(f"runs/worldmodels_{given.env}"), n_mix=5, mixture="vector", previous=None, test_env=None)
     args = argparse.Namespace(**default | RECIPES[given.env] | vars(given) | given.sizes)
     args.sizes = ",".join(f"{name}={getattr(args, name)}" for name in SIZES)
+    if len(args.trials) > 2:
+        raise UserError(f"--trials takes one or two numbers, not {len(args.trials)}")
     if len({f"{tau:g}" for tau in args.tau}) < len(args.tau):
         raise UserError("a temperature stands twice in --tau")
     return args
+
+
+# ---- A run's files -------------------------------------------------------------------------------
+
+
+def need(args, name, step):
+    if not (args.run / name).exists():
+        raise UserError(f"no {args.run / name}: first run python vae_mdnrnn.py {step} --env {args.env}")
+    return args.run / name
+
+
+def c_names(args):
+    """The names of what train-c makes: one C for each temperature of the dream, or one for the real environment."""
+    return [f"dream_tau{tau:g}" for tau in args.tau] if args.where == "dream" else ["real"]
+
+
+def load_data(args):
+    """The data set, and mu and logvar of its frames, (2, S, z_dim)."""
+    dataset = data.Dataset(need(args, "data", "collect"))
+    latents = data.open_array(need(args, "latents.npy", "train-v"), 3, "f")
+    if latents.shape != (2, len(dataset.frames), args.z_dim) or not np.isfinite(latents).all():
+        raise UserError(f"{args.run}/latents.npy does not fit the frames and V: remove it, and give train-v again")
+    return dataset, latents
+
+
+def load_controller(path, size):
+    """What `evolve` keeps in `path`, for a C of `size` weights."""
+    best = common.load_tensors(path)
+    params = best.get("params")
+    if not {"begun", "fitness", "log", "score"} <= best.keys() or len(params) != size or not params.isfinite().all():
+        raise UserError(f"{path} does not hold the {size} weights of C: remove it, and give train-c again")
+    return best
+
+
+def first_held_out(dataset):
+    """The number of the first episode that V and M never learn from: it and those after it are the last twentieth."""
+    return len(dataset) - max(1, len(dataset) // 20)

@@ -1,4 +1,4 @@
-"""The environments by name, the random policies, and the one episode loop.
+"""The environments by name, the random policies, and the one episode loop, which plays many episodes at once.
 
 PointMaze has a file of its own. CarRacing and TakeCover, here, are the two worlds of Ha & Schmidhuber (2018,
 arXiv:1803.10122). All are Gymnasium environments with the observation {"visual": (H, W, 3) uint8, "proprio": (P,)
@@ -18,95 +18,82 @@ from lib.common import UserError, Workers, to_frames
 from lib.pointmaze import PointMaze, PointMazeD4RL, observation_space
 
 
-class Screen(gym.Wrapper):
-    """An environment that is known by its frames alone: the upper part `shown` of its screen, scaled down."""
+class Screen(gym.Env):
+    """A world that is known by its frames alone: the upper `ROWS` rows of its `screen`, scaled down."""
 
-    def __init__(self, env, img_size, shown):
-        super().__init__(env)
-        self.img_size, self.shown = img_size, shown
-        self.observation_space = observation_space(img_size, 0)
+    metadata = {"render_modes": ["rgb_array"]}
+    render_mode = "rgb_array"
+
+    def __init__(self, img_size, low, high):
+        self.img_size, self.observation_space = img_size, observation_space(img_size, 0)
+        self.action_space = gym.spaces.Box(np.float32(low), np.float32(high))
 
     def observe(self):
         return {"visual": self.render(), "proprio": np.zeros(0, np.float32)}
 
     def render(self):
         """(img_size, img_size, 3) uint8: every pixel is the mean of the area that it covers."""
-        image = Image.fromarray(self.screen[: int(self.shown * len(self.screen))])
+        image = Image.fromarray(self.screen[: self.ROWS])
         return np.asarray(image.resize((self.img_size, self.img_size), Image.Resampling.BOX))
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.begin(int(self.np_random.integers(2**31)) if seed is None else seed)
+        return self.observe(), {}
+
+    def step(self, action, render=True):
+        reward, terminated, truncated = self.act(np.clip(action, self.action_space.low, self.action_space.high))
+        return (self.observe() if render else None), float(reward), bool(terminated), bool(truncated), {}
 
 
 class CarRacing(Screen):
-    """Gymnasium's CarRacing-v3, seen as in World Models: without the bar of indicators at the bottom.
+    """Gymnasium's CarRacing-v3 as EnvPool wrote it in C++, seen as in World Models: without the bar of indicators.
 
     The action is steering in [-1, 1], gas in [0, 1] and brake in [0, 1]. Each of the N tiles of the track is worth
-    1000 / N, and a step costs 0.1. An episode lasts 1,000 steps at most.
+    1000 / N, and a step costs 0.1. An episode lasts 1,000 steps at most. The state is the return so far.
+    On the same track the same actions earn the same rewards as in Gymnasium, in less than half of the time. But the
+    frames are not smoothed and show skid marks, and a seed stands for another track.
     """
 
+    ROWS = 84  # of 96, as in the paper's code
+
     def __init__(self, img_size=64):
+        super().__init__(img_size, [-1, 0, 0], [1, 1, 1])
+        self.open()
+
+    def open(self):
+        try:
+            from envpool import make_gymnasium
+        except ImportError:
+            wheels = "it has wheels for Python 3.11 and newer on Linux, Windows and Macs that are not Intel's"
+            raise UserError(f"carracing needs envpool: pip install envpool ({wheels})") from None
+        self.make = partial(make_gymnasium, "CarRacing-v3", num_envs=1, num_threads=1)
+
+    def begin(self, seed):
+        self.pool, self.state = self.make(env_seed=[seed]), np.zeros(1)
+        self.screen = self.pool.reset()[0][0]
+
+    def act(self, action):
+        (self.screen,), (reward,), (terminated,), (truncated,), _ = self.pool.step(np.float32(action)[None])
+        self.state = self.state + reward
+        return reward, terminated, truncated
+
+
+class GymnasiumCarRacing(CarRacing):
+    """The original, for which figures are published."""
+
+    def open(self):
         import Box2D  # noqa: F401  (without it Gymnasium's own message is a page long)
-        from gymnasium.envs.box2d import car_racing
 
-        env = gym.make("CarRacing-v3", max_episode_steps=1000, disable_env_checker=True)  # it would miss the bar
-        super().__init__(env, img_size, shown=1)
-        self.gymnasium, self.road, self.env.unwrapped._render = car_racing, None, self.draw
+        self.env = gym.make("CarRacing-v3", max_episode_steps=1000)
 
-    def draw(self, mode):
-        """Draws the upper 84 of Gymnasium's 96 rows, which the paper's code keeps. Every pixel is Gymnasium's, in about
-        a third of the time: Gymnasium turns some 700 polygons one by one and typesets a score that nobody reads."""
-        env, made, pygame = self.env.unwrapped, self.gymnasium, self.gymnasium.pygame
-        width, height = made.WINDOW_W, made.WINDOW_H
-        env.surf = pygame.Surface((width, height))
-        angle = -env.car.hull.angle
-        zoom = 0.1 * made.SCALE * max(1 - env.t, 0) + made.ZOOM * made.SCALE * min(env.t, 1)  # closes in for a second
-        x, y = env.car.hull.position
-        shift = pygame.math.Vector2(-x * zoom, -y * zoom).rotate_rad(angle) + (width / 2, height / 4)
-        self.draw_road(env.surf, zoom, shift, angle)
-        env.car.draw(env.surf, zoom, shift, angle, False)
-        bar = height // 8
-        upper = pygame.transform.flip(env.surf.subsurface((0, bar, width, height - bar)), False, True)
-        small = pygame.transform.smoothscale(upper, (made.STATE_W, made.STATE_H * 7 // 8))
-        return pygame.surfarray.array3d(small).swapaxes(0, 1)
+    def begin(self, seed):
+        self.screen, self.state = self.env.reset(seed=seed)[0], np.zeros(1)
 
-    def draw_road(self, surface, zoom, shift, angle):
-        """Draws field, grass and road. It turns the polygons near the car at once, and leaves out those off screen."""
-        env, made = self.env.unwrapped, self.gymnasium
-        if self.road is not env.road_poly:  # a new track
-            self.road = env.road_poly
-            square = np.array([[1, 0], [0, 0], [0, 1], [1, 1]])
-            field = made.PLAYFIELD * (2 * square - 1)
-            grass = made.GRASS_DIM * (np.mgrid[-20:20:2, -20:20:2].reshape(2, -1).T[:, None] + square)  # (400, 4, 2)
-            self.corners = np.concatenate([field[None], grass, [polygon for polygon, _ in self.road]])
-            self.centres = self.corners.mean(1)
-            self.colours = [env.bg_color, *[env.grass_color] * len(grass), *(colour for _, colour in self.road)]
-        car, size = np.array(env.car.hull.position), np.array(surface.get_size())
-        reach = np.hypot(*size) / zoom  # past the screen's farthest corner by more than half a polygon
-        near = (np.abs(self.centres - car) < reach).all(1)
-        near[0] = np.abs(car).max() + reach > made.PLAYFIELD  # is the field's edge in sight?
-        if not near[0]:
-            surface.fill(env.bg_color)
-        near = near.nonzero()[0]
-        (x, y), cos, sin = np.moveaxis(self.corners[near], -1, 0), np.cos(angle), np.sin(angle)
-        pixels = np.stack([x * cos - y * sin, x * sin + y * cos], -1) * zoom + shift  # (N, 4, 2)
-        seen = (pixels.max(1) >= -1) & (pixels.min(1) <= size + 1)
-        for i in seen.all(1).nonzero()[0]:
-            corners, colour = pixels[i].tolist(), [int(c) for c in self.colours[near[i]]]  # tiles change theirs
-            made.gfxdraw.aapolygon(surface, corners, colour)
-            made.gfxdraw.filled_polygon(surface, corners, colour)
-
-    @property
-    def state(self):
-        """Position (m), velocity (m/s) and heading (rad) of the car."""
-        hull = self.env.unwrapped.car.hull
-        return np.array([*hull.position, *hull.linearVelocity, hull.angle])
-
-    def reset(self, *, seed=None, options=None):
-        self.screen, info = self.env.reset(seed=seed, options=options)
-        return self.observe(), info
-
-    def step(self, action, render=True):
-        action = np.clip(action, self.action_space.low, self.action_space.high).astype(np.float32)
-        self.screen, reward, terminated, truncated, info = self.env.step(action)
-        return (self.observe() if render else None), float(reward), terminated, truncated, info
+    def act(self, action):
+        self.screen, reward, *ended, _ = self.env.step(np.float32(action))
+        self.state = self.state + reward
+        return reward, *ended
 
 
 class TakeCover(Screen):
@@ -117,23 +104,27 @@ class TakeCover(Screen):
     the player's health, 0 to 100.
     """
 
+    ROWS = 200  # of 240, as in the paper's code
+
     def __init__(self, img_size=64):
         import vizdoom.gymnasium_wrapper  # noqa: F401  (registers the environments)
 
-        super().__init__(gym.make("VizdoomTakeCover-v1", max_episode_steps=2100), img_size, 400 / 480)  # as in its code
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float32)
+        super().__init__(img_size, [-1], [1])
+        self.env, self.broken = gym.make("VizdoomTakeCover-v1", max_episode_steps=2100), vizdoom.ViZDoomErrorException
 
-    def reset(self, *, seed=None, options=None):
-        observation, info = self.env.reset(seed=seed, options=options)
+    def begin(self, seed):
+        observation, _ = self.env.reset(seed=seed)
         self.screen, self.state = observation["screen"], observation["gamevariables"]
-        return self.observe(), info
 
-    def step(self, action, render=True):
+    def act(self, action):
         button = 2 if action[0] < -1 / 3 else 1 if action[0] > 1 / 3 else 0  # MOVE_LEFT, MOVE_RIGHT, none
-        observation, reward, terminated, truncated, info = self.env.step(button)
-        if not terminated:  # a dead player sees nothing: the last frame stays
+        try:
+            observation, *outcome, _ = self.env.step(button)
+        except self.broken as error:
+            raise UserError(f"a game of takecover broke off ({error}): give the same command again") from None
+        if not outcome[1]:  # a dead player sees nothing: the last frame stays
             self.screen, self.state = observation["screen"], observation["gamevariables"]
-        return (self.observe() if render else None), float(reward), terminated, truncated, info
+        return outcome
 
 
 class DreamEnv(gym.Env):
@@ -175,6 +166,7 @@ ENVIRONMENTS = {
     "pointmaze-large": partial(PointMaze, "Large"),
     "pointmaze-d4rl": PointMazeD4RL,
     "carracing": CarRacing,
+    "carracing-gymnasium": GymnasiumCarRacing,
     "takecover": TakeCover,
 }
 
@@ -194,92 +186,141 @@ def make_env(name, img_size=64, shift=None):
 # ---- Episodes ------------------------------------------------------------------------------------
 
 
-class RandomPolicy:
-    """Acts at random, in one of three ways.
+BATCH = 32  # episodes that V, M and C see at once in each process
+
+
+def random_actions(kind, space, rng):
+    """Yields actions at random, in one of three ways.
 
     "uniform": every action is drawn anew. "hold": a uniform action is kept for 1 to 99 steps, log-uniformly (TakeCover;
     the paper keeps it for 1 to 10, but has more episodes in which to reach the walls). "brownian":
     a_{t+1} = a_t + sqrt(dt) N(0, 1), dt = 1/50, kept within bounds (CarRacing, after github.com/ctallec/world-models;
     the paper's code draws a random C for each episode).
     """
-
-    def __init__(self, kind, space, rng):
-        self.kind, self.space, self.rng, self.action, self.left = kind, space, rng, None, 0
-
-    def __call__(self, obs):
-        low, high = self.space.low, self.space.high
-        if self.kind == "brownian" and self.action is not None:
-            step = math.sqrt(1 / 50) * self.rng.standard_normal(self.space.shape)
-            self.action = np.clip(self.action + step, low, high)
-        elif self.left == 0:
-            self.action = self.rng.uniform(low, high)
-            self.left = int(10 ** self.rng.uniform(0, 2)) if self.kind == "hold" else 1
-        self.left -= 1
-        return self.action
+    low, high = space.low, space.high
+    action = rng.uniform(low, high)
+    while True:
+        for _ in range(int(10 ** rng.uniform(0, 2)) if kind == "hold" else 1):
+            yield action
+        if kind == "brownian":
+            action = np.clip(action + math.sqrt(1 / 50) * rng.standard_normal(space.shape), low, high)
+        else:
+            action = rng.uniform(low, high)
 
 
-def rollout(env, obs, policy, steps, frameskip=1, patience=math.inf):
-    """Plays one episode, in which `policy(obs)` acts from the first observation `obs` on.
+def rollout(env, who, seed, steps, frameskip=1, patience=math.inf, film=True):
+    """One episode, as a generator: it yields what is seen, and is sent the action. Only a random policy, of which `who`
+    is the kind, acts by itself. Where the world can be put into a state, the episode begins in a random one.
 
     Returns {"frames", "states", "actions", "rewards", "dones"}: arrays with a row per model step, which is `frameskip`
-    environment steps. Frames between two rows are never rendered. The episode is cut short after `patience` rows
-    without a reward above 0.
+    environment steps; no frames without `film`. Frames between two rows are never rendered. The episode is cut short
+    after `patience` rows without a reward above 0.
     """
+    rng = np.random.default_rng(seed)
+    if hasattr(env, "set_state"):
+        env.set_state(env.sample_state(rng))
+        obs = env.observe()
+    else:
+        obs, _ = env.reset(seed=seed % 2**31 if isinstance(seed, int) else int(rng.integers(2**31)))
+    random = random_actions(who, env.action_space, rng) if isinstance(who, str) else None
     rows, in_vain = [], 0
     for t in range(steps):
         seen, state, actions, earned = obs, np.float32(env.state), [], 0.0
         for i in range(frameskip):
-            actions.append(np.float32(policy(seen)))
+            actions.append(np.float32(next(random) if random else (yield seen)))
             obs, reward, done, truncated, _ = env.step(actions[-1], render=i == frameskip - 1 and t < steps - 1)
             earned += reward
             if done or truncated:
                 actions += actions[-1:] * (frameskip - len(actions))  # fills the row; nothing happens any more
                 break
-        rows.append((seen["visual"], state, np.concatenate(actions), np.float32(earned), done))
+        frame = [seen["visual"]] if film else []
+        rows.append((state, np.concatenate(actions), np.float32(earned), done, *frame))
         in_vain = 0 if earned > 0 else in_vain + 1
         if done or truncated or in_vain >= patience:
             break
-    names = "frames", "states", "actions", "rewards", "dones"
-    return {name: np.stack(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
+    names = "states", "actions", "rewards", "dones", "frames"
+    return {name: np.stack(column) for name, column in zip(names, zip(*rows, strict=True), strict=False)}
+
+
+def play(envs, agents, jobs):
+    """Plays `jobs`, the arguments of `rollout`, in len(envs) environments at once, and returns the episodes in order.
+
+    agents(frames (B, H, W, 3)) gives the actions (B, A) of all; agents.begin(i, who, seed) tells it that an episode
+    begins in environment i. It always computes all B rows, whoever needs them, because then an episode is the same to
+    the last bit whichever others are played beside it.
+    """
+    episodes, waiting = [None] * len(jobs), enumerate(jobs)
+
+    def seat(i, env):
+        for number, job in waiting:  # all seats share it: where an episode ends, the next one begins
+            if not isinstance(job["who"], str):
+                agents.begin(i, job["who"], job["seed"])
+            episodes[number] = yield from rollout(env, **job)
+
+    seats, actions = {i: seat(i, env) for i, env in enumerate(envs)}, [None] * BATCH  # with None a generator begins
+    frames = np.zeros((BATCH, *envs[0].observation_space["visual"].shape), np.uint8)
+    while True:
+        for i in list(seats):
+            try:
+                frames[i] = seats[i].send(actions[i])["visual"]
+            except StopIteration:
+                del seats[i]
+        if not seats:
+            return episodes
+        actions = agents(frames)
+        if not np.isfinite(actions).all():
+            raise UserError("an action is not a number, so V, M or C is broken: remove them, and train them again")
+
+
+def play_alone(env, policy, seed, steps):
+    """One episode in which policy(obs) acts, as `rollout` returns it."""
+    episode = rollout(env, None, seed, steps)
+    obs = next(episode)
+    while True:
+        try:
+            obs = episode.send(policy(obs))
+        except StopIteration as end:
+            return end.value
 
 
 class EpisodePool(contextlib.ExitStack):
-    """A pool of processes, each with an environment of its own, that play episodes.
+    """A pool of processes, each with environments of its own, that play episodes.
 
-    A job is {"who", "seed", "steps"} and, if wanted, {"frameskip", "patience"} for `rollout`. `who` is the kind of a
-    random policy. Anything else is for `make_policy(who, seed)`, which each process gets from `make_policies(*args)`.
+    A job is a dictionary of what `rollout` takes after `env`. A `who` that is not the kind of a random policy is for
+    the agents of `play`, which each process gets from `make_agents(*args)`.
     """
 
-    def __init__(self, workers, env, img_size, make_policies=None, *args):
+    def __init__(self, workers, env, img_size, make_agents=None, *args):
         make_env(env, img_size).close()  # an unknown name or a missing package fails here, in one line
         super().__init__()
-        self.workers = self.enter_context(Workers(workers, _begin_worker, (env, img_size, make_policies, *args)))
+        self.size = workers
+        self.workers = self.enter_context(Workers(workers, _begin_worker, (env, img_size, make_agents, *args)))
 
     def map(self, jobs):
         """Yields the episodes in order."""
-        return self.workers.map(_play, jobs)
+        return self._map(_play, jobs, 4 if isinstance(jobs[0]["who"], str) else BATCH)
 
     def returns(self, jobs):
-        """Yields the cumulative rewards of the episodes, in order."""
-        return self.workers.map(_return_of, jobs, chunksize=1)
+        """Yields each episode's return and its length, in order."""
+        return self._map(_returns, [job | {"film": False} for job in jobs], -(-len(jobs) // self.size))
+
+    def _map(self, function, jobs, size):
+        chunks = [jobs[i : i + size] for i in range(0, len(jobs), size)]
+        for results in self.workers.map(function, chunks, chunksize=1):
+            yield from results
 
 
-def _begin_worker(env, img_size, make_policies, *args):
-    global _env, _make_policy
-    _env, _make_policy = make_env(env, img_size), make_policies and make_policies(*args)
+def _begin_worker(env, img_size, make_agents, *args):
+    global _make_env, _envs, _agents
+    _make_env, _envs, _agents = partial(make_env, env, img_size), [], make_agents and make_agents(*args)
 
 
-def _play(job):
-    """One episode from a random state, where the world can be put into one. It depends on its job alone."""
-    who, seed, rng = job["who"], job["seed"], np.random.default_rng(job["seed"])
-    if hasattr(_env, "set_state"):
-        _env.set_state(_env.sample_state(rng))
-        obs = _env.observe()
-    else:
-        obs, _ = _env.reset(seed=seed % 2**31 if isinstance(seed, int) else int(rng.integers(2**31)))
-    policy = RandomPolicy(who, _env.action_space, rng) if isinstance(who, str) else _make_policy(who, seed)
-    return rollout(_env, obs, policy, **{k: v for k, v in job.items() if k not in ("who", "seed")})
+def _play(jobs):
+    """The episodes of some jobs. Each depends on its own job alone."""
+    size = 1 if isinstance(jobs[0]["who"], str) else min(BATCH, len(jobs))  # who acts at random waits for nobody
+    _envs.extend(_make_env() for _ in range(size - len(_envs)))
+    return play(_envs[:size], _agents, jobs)
 
 
-def _return_of(job):
-    return float(_play(job)["rewards"].sum(dtype=np.float64))
+def _returns(jobs):
+    return [(float(e["rewards"].sum(dtype=np.float64)), len(e["rewards"])) for e in _play(jobs)]
