@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lib import common
+from lib import common, processes
 from lib.common import RANK, WORLD_SIZE, NpyWriter, Parser, UserError, positive, to_tensor, tqdm
 from lib.pictures import write_strips
 from lib.worlds import ENVIRONMENTS, EpisodePool
@@ -212,7 +212,7 @@ def token_cache(encoder, dataset, device, batch_size=256):
         digest.update(tensor.cpu().contiguous().numpy())
     path = dataset.path / f"tokens_{encoder.name}_{digest.hexdigest()[:12]}.npy"
     shape = (len(dataset.frames), encoder.num_patches, encoder.dim)
-    if not all(common.gather(path.is_file())):
+    if not all(processes.gather(path.is_file())):
         dtype = np.float32 if encoder.num_patches == 1 else np.float16  # 196 x 384 numbers a frame: halve them
         with common.partial(path) if RANK == 0 else contextlib.nullcontext(os.devnull) as temporary:
             writer = NpyWriter(temporary, shape[1:], dtype)
@@ -220,9 +220,9 @@ def token_cache(encoder, dataset, device, batch_size=256):
             for i in tqdm(starts, desc=f"encode with {encoder.name}", unit="batch"):
                 frames = dataset.frames[i : i + batch_size * WORLD_SIZE][RANK * batch_size :][:batch_size]
                 encoded = encoder(to_tensor(frames, device)).cpu().numpy() if len(frames) else np.empty((0, *shape[1:]))
-                writer.append(np.concatenate(common.gather(encoded.astype(dtype))))
+                writer.append(np.concatenate(processes.gather(encoded.astype(dtype))))
             writer.close()
-        common.gather(None)  # the first process has renamed it
+        processes.gather(None)  # the first process has renamed it
     tokens = open_array(path, 3, "f")
     if tokens.shape != shape:
         raise UserError(f"{path} holds tokens of another shape, {tokens.shape} and not {shape}: remove it")

@@ -31,7 +31,8 @@ import torchvision.transforms.functional as TF
 from torch import nn
 
 from lib import vjepa
-from lib.common import Parser, UserError, names, per_second, positive, run_script, to_tensor
+from lib.common import Parser, UserError, names, positive, run_script, to_tensor
+from lib.processes import per_second
 from lib.tokenizers import VFMVAE, DINOTok
 from lib.weights import load_weights, resnet_names, vit_names, vjepa2_names
 from vae_mdnrnn import VAE, train_vae

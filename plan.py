@@ -36,8 +36,8 @@ import torch
 
 from cem import cem, coloured_noise, gradient_descent, mpc, mppi
 from data import open_dataset
-from lib import common, pictures
-from lib.common import RANK, WORLD_SIZE, UserError, gather, positive, tqdm
+from lib import common, pictures, processes
+from lib.common import RANK, WORLD_SIZE, UserError, positive, tqdm
 from lib.pointmaze import SHIFTS
 from lib.worlds import make_env
 from predictor import load_model, untrained_model
@@ -157,14 +157,16 @@ def solve(worlds, cost_for, model, args, device, group=0):
 
 
 def in_groups(solve_group, num_problems, title):
-    """Success (max_iter, problems) of all problems. `solve_group(problems, group)` solves GROUP of them at a time,
+    """Success (max_iter, problems) of all problems. `solve_group(group, problems)` solves GROUP of them at a time,
     whatever their number, so that how they are dealt out to the processes of torchrun changes no result."""
-    groups = [slice(i, i + GROUP) for i in range(0, num_problems, GROUP)]
-    if WORLD_SIZE > len(groups):
-        raise UserError(f"{num_problems} problems in groups of {GROUP} can keep at most {len(groups)} processes busy")
-    mine = tqdm(list(enumerate(groups))[RANK::WORLD_SIZE], desc=title, unit="group")
-    solved = gather([solve_group(problems, group) for group, problems in mine])
-    return torch.cat([solved[group % WORLD_SIZE][group // WORLD_SIZE] for group in range(len(groups))], dim=1)
+    groups = list(enumerate(slice(i, i + GROUP) for i in range(0, num_problems, GROUP)))
+    with tqdm(total=len(groups) // WORLD_SIZE, desc=title, unit="group") as bar:
+
+        def solve_next(numbered):
+            bar.update()
+            return solve_group(*numbered)
+
+        return torch.cat(processes.share(solve_next, groups), dim=1)
 
 
 def controls(env, starts, goals, model, args):
@@ -174,7 +176,7 @@ def controls(env, starts, goals, model, args):
         oracle = argparse.Namespace(**vars(args) | BUDGETS["icem"] | {"planner": "icem"})
     device, steps = model.action_mean.device, (args.n_taken_actions, args.max_iter)
 
-    def random_policy(problems, group):
+    def random_policy(group, problems):
         worlds, rng = Worlds(env, starts[problems], goals[problems]), np.random.default_rng([args.seed[0], group])
 
         def draw(unsolved, mean):
@@ -184,7 +186,7 @@ def controls(env, starts, goals, model, args):
 
         return mpc(draw, worlds.act, len(worlds.states), args.goal_H, model.action_dim, *steps)
 
-    def true_simulator(problems, group):
+    def true_simulator(group, problems):
         worlds = Worlds(env, starts[problems], goals[problems])
         return solve(worlds, simulator_cost(worlds), model, oracle, device, group)
 
@@ -322,12 +324,12 @@ def run(model, env, starts, goals, args, device, out):
     n, begin, filmed = len(starts), time.perf_counter(), None
     objective = args.objective, args.planner_args["alpha"], args.planner_args["base"]
 
-    def solve_group(problems, group):
+    def solve_group(group, problems):
         nonlocal filmed
         films = 0 if group else FILMS
         worlds = Worlds(env, starts[problems], goals[problems], films, args.history, model.frameskip)
         filmed = filmed or worlds
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        with common.bfloat16(device, args.dtype == "bfloat16"):
             return solve(worlds, latent_cost(model, worlds, device, *objective), model, args, device, group)
 
     success = in_groups(solve_group, n, f"{args.planner} with {args.ckpt}")
@@ -412,12 +414,12 @@ def bench(size, device):
     @torch.no_grad()
     def imagine(how, dtype):
         model.train(how == "plain")  # nothing is remembered in training
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        with common.bfloat16(device, dtype == "bfloat16"):
             return model.rollout(model.encode(obs), actions)["visual"].sum().item()  # waits for the device
 
     dtypes = ("float32", "bfloat16") if common.has_bfloat16(device.type) else ("float32",)
     kinds = [(how, dtype) for dtype in dtypes for how in ("plain", "cached")]
-    rates = common.per_second({kind: partial(imagine, *kind) for kind in kinds}, seconds=10)
+    rates = processes.per_second({kind: partial(imagine, *kind) for kind in kinds}, seconds=10)
     print(
         f"{size} size, {N} x {d} numbers a frame, {candidates} candidates, {torch.get_num_threads()} threads, {device}"
     )
@@ -530,11 +532,11 @@ def main():
         return [bench(size, torch.device(args.device)) for size in ("laptop", "paper")]
     args.ckpt = args.ckpt or newest_run()
     out = common.output_folder("plan_outputs", args.name or Path(args.ckpt).resolve().name)
-    device = common.join(args.device)
+    device = processes.join(args.device)
     model = load_model(args.ckpt, device, args.data, args.weights)
     if args.planner_args["alpha"] and not model.proprio_dim:
         raise UserError(f"alpha weighs proprio, which {args.ckpt} does not have beside its visual latent")
-    common.keep_freed_memory()
+    processes.keep_freed_memory()
     env = open_world(model, args.shift)
     starts, goals = get_problems(env, args, model)
     if args.save_targets and RANK == 0:

@@ -46,7 +46,7 @@ import plan
 import predictor
 import train
 import vae_mdnrnn as wm
-from lib import common, decoders, pictures, pointmaze, tokenizers, vjepa, worlds
+from lib import common, decoders, pictures, pointmaze, processes, tokenizers, vjepa, worlds
 from lib.common import UserError, to_tensor
 from lib.weights import load_weights, resnet_names, vit_names, vjepa2_names
 from lib.worlds import make_env
@@ -197,7 +197,7 @@ def test_a_loss_that_is_no_number_is_an_error():
 
 
 def test_workers_keep_the_order_and_one_that_dies_is_reported():
-    with common.Workers(1) as pool:
+    with processes.Workers(1) as pool:
         assert list(pool.map(abs, range(-5, 5), 2)) == [5, 4, 3, 2, 1, 0, 1, 2, 3, 4]
         with pytest.raises(UserError, match="worker process died"):
             list(pool.map(os._exit, range(4)))
@@ -981,7 +981,7 @@ def test_a_run_that_is_damaged_or_of_other_flags_is_refused(command, file, spoil
 
 
 def test_bench_ends(script, monkeypatch):
-    monkeypatch.setattr(common, "per_second", lambda calls: {name: call() + 1 for name, call in calls.items()})
+    monkeypatch.setattr(processes, "per_second", lambda calls: {name: call() + 1 for name, call in calls.items()})
     code, out, _ = script("vae_mdnrnn", "bench", "--sizes", "hidden=8")
     assert code == 0 and out.count("dream steps/s") == 3
 

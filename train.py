@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 from encoders import build_encoder
-from lib import common, pictures
+from lib import common, pictures, processes
 from lib.common import RANK, WORLD_SIZE, UserError, positive, tqdm
 from predictor import LAPTOP, PREDICTORS, SIZES, WorldModel, load_checkpoint, untrained_model
 
@@ -43,7 +43,7 @@ def train(args):
     env, img_size = args.env or meta.get("env", "pointmaze"), args.img_size or meta.get("img_size", 64)
     kinds = [kind for kind in (args.predictor, args.variant) if kind not in ("vit", "repository")]
     directory = common.output_folder("runs", args.name or "_".join([env, args.encoder, *kinds]))
-    device = common.join(args.device)
+    device = processes.join(args.device)
 
     # a run that is there goes on with the flags that it was begun with
     resumed, flags = None, {name: value for name, value in vars(args).items() if name not in ("device", "bench")}
@@ -74,7 +74,7 @@ def train(args):
 
     # the model
     stats, world = dataset.statistics(train_episodes), dict(env=env, img_size=img_size, data=str(dataset.path))
-    if len({str((len(dataset.frames), statistics)) for statistics in common.gather(stats)}) > 1:
+    if len({str((len(dataset.frames), statistics)) for statistics in processes.gather(stats)}) > 1:
         raise UserError(f"the processes of torchrun see different data at {dataset.path}: give all of them the same")
     kind = dict(predictor=args.predictor, variant=args.variant, frameskip=args.frameskip, world=world)
     sizes |= {"emb_dim": encoder.dim if sizes.get("concat_dim") == 0 else 10}
@@ -123,7 +123,7 @@ def train(args):
         model.train()
         start, total = time.perf_counter(), torch.zeros((), device=device)
         for batch in train_windows.batches(order, tokens, batch_size, device, frames=1 if decoder else 0):
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with common.bfloat16(device, device.type == "cuda"):
                 objective, loss = step(batch, args.rollout_steps)
             optimizer.zero_grad(set_to_none=True)
             (objective * batch["share"]).backward()
@@ -131,7 +131,7 @@ def train(args):
             schedule.step()
             total += loss * batch["share"]
             bar.update()
-        entry = {"epoch": epoch + 1, "train": sum(common.gather(total.item())) / WORLD_SIZE / steps}
+        entry = {"epoch": epoch + 1, "train": sum(processes.gather(total.item())) / WORLD_SIZE / steps}
         entry |= validate(model, val_windows, tokens, batch_size, device, args.rollout_steps)
         if not math.isfinite(entry["train"] + entry["val"]):
             raise UserError(f"the loss is not finite in epoch {epoch + 1}: try a smaller --lr")
@@ -172,7 +172,7 @@ def validate(model, windows, tokens, batch_size, device, rollout_steps):
         weight = len(visual) / len(windows) if batch["share"] else 0.0
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value.item() * weight
-    return {name: sum(part[name] for part in common.gather(sums)) for name in sums}
+    return {name: sum(part[name] for part in processes.gather(sums)) for name in sums}
 
 
 @torch.no_grad()
@@ -214,7 +214,7 @@ def bench(size, device):
 
     def learn(visual):
         batch = {name: tensor.to(device) for name, tensor in {"visual": visual, **rest}.items()}
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with common.bfloat16(device, device.type == "cuda"):
             loss, _ = model(batch)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -223,7 +223,7 @@ def bench(size, device):
 
     frames = torch.randint(256, (batch_size, 4, 64, 64, 3), dtype=torch.uint8)
     calls = {"cached tokens": partial(learn, torch.randn(batch_size, 4, N, d)), "frames": partial(learn, frames)}
-    rates = common.per_second(calls, seconds=10)
+    rates = processes.per_second(calls, seconds=10)
     print(f"{size} size, {N} x {d} numbers a frame, {batch_size} windows, {torch.get_num_threads()} threads, {device}")
     for name, rate in rates.items():
         print(f"  from {name:13} {batch_size * rate:9.3g} windows/s, {rate / rates['frames']:.2f} x")
@@ -237,7 +237,7 @@ def open_or_collect(args, env, img_size):
     path = data.default_folder(env, img_size)
     if RANK == 0 and not path.exists():
         data.collect(path, env, 2000, 20, args.frameskip, img_size)
-    common.gather(None)  # the other processes wait for the first one
+    processes.gather(None)  # the other processes wait for the first one
     return data.open_dataset(path)
 
 

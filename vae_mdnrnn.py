@@ -11,6 +11,7 @@ M alone, in a dream that never renders a frame (TakeCover, section 4). What the 
     python vae_mdnrnn.py all --env takecover        # the five steps: collect, train-v, train-m, train-c, test
     python vae_mdnrnn.py train-c --tau 1.15         # one of them: C, in a dream of another temperature
     python vae_mdnrnn.py iterate --env pointmaze    # section 5: roll out with C, train M, train C in M; again
+    torchrun --nproc-per-node 4 vae_mdnrnn.py train-c   # four processes share the population
     python vae_mdnrnn.py bench                      # dream steps per second
 
 Everything lands in runs/worldmodels_<env>. A step that was killed goes on where it stopped when the same command is
@@ -28,11 +29,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 import data
-from lib import common, pictures
-from lib.common import UserError, bfloat16, fit, to_frames, to_tensor
+from lib import common, pictures, processes
+from lib.common import RANK, WORLD_SIZE, UserError, bfloat16, fit, to_frames, to_tensor, tqdm
 from lib.recipes import RUN_FLAGS, c_names, first_held_out, load_controller, load_data, need, parse_args
 from lib.worlds import BATCH, DreamEnv, EpisodePool, play_alone
 
@@ -368,12 +368,13 @@ class Dream:
 
 # ---- CMA-ES: how C is found ----------------------------------------------------------------------
 
+DREAM_GROUPS = 4  # in which the dreams of a generation are dreamt
+
 
 @torch.inference_mode()
-def dream_scores(dream, controller, params, seed, trials):
-    """Cumulative reward of every row of params (P, num_params) in `trials` dreams each, (P, trials), and all steps."""
+def dream_returns(dream, controller, own, seed):
+    """Cumulative rewards (B,) of dreams in which C has the weights `own` (B, num_params), and all steps dreamt."""
     dream.generator.manual_seed(seed)
-    own = torch.as_tensor(params, device=dream.device).repeat_interleave(trials, 0)  # each dream has its own C
     features, alive = dream.reset(len(own)), torch.arange(len(own), device=dream.device)
     total, running = torch.zeros(len(own), device=dream.device), torch.ones(len(own), device=dream.device)
     steps = torch.zeros((), dtype=torch.int64, device=dream.device)
@@ -387,14 +388,24 @@ def dream_scores(dream, controller, params, seed, trials):
             total[alive] += reward * running  # the step that ends a dream counts
             steps += running.sum().long()
             running *= ~done
-    return total.view(len(params), trials).cpu().numpy(), int(steps)
+    return total.cpu().numpy(), int(steps)
+
+
+def dream_scores(dream, controller, params, seed, trials):
+    """Cumulative reward of every row of params (P, num_params) in `trials` dreams each, (P, trials), and all steps.
+    They are dreamt in DREAM_GROUPS groups, which the processes of torchrun share without changing any dream."""
+    own = torch.as_tensor(params, device=dream.device).repeat_interleave(trials, 0)  # each dream has its own C
+    groups = [(rows, seed + 2**32 * i) for i, rows in enumerate(own.tensor_split(DREAM_GROUPS)) if len(rows)]
+    returns, steps = zip(*processes.share(lambda group: dream_returns(dream, controller, *group), groups), strict=True)
+    return np.concatenate(returns).reshape(len(params), trials), sum(steps)
 
 
 def real_scores(pool, args, params, seed, trials):
     """Like `dream_scores`, in the real environment, and on the same `trials` tracks for every row of params."""
     limits = dict(steps=args.max_steps, patience=args.patience)
     jobs = [dict(who=p, seed=seed + i, **limits) for p in params for i in range(trials)]
-    returns, steps = zip(*pool.returns(jobs), strict=True)
+    parts = processes.share(lambda i: list(pool.returns(jobs[i::WORLD_SIZE])), range(WORLD_SIZE))
+    returns, steps = zip(*(parts[i % WORLD_SIZE][i // WORLD_SIZE] for i in range(len(jobs))), strict=True)
     return np.reshape(returns, (len(params), trials)), sum(steps)
 
 
@@ -445,8 +456,9 @@ def evolve(scores, mean, path, popsize, trials, steps, score_trials, sigma0=0.1,
         log.append({"steps": done} | {k: v if isinstance(v, int) else float(v) for k, v in row.items()})
         bar.update(done - bar.n)
         bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k != "agreement"})
-        common.write_csv(path.with_suffix(".csv"), log)
-        common.save_tensors(path, best)
+        if RANK == 0:
+            common.write_csv(path.with_suffix(".csv"), log)
+            common.save_tensors(path, best)
     return best
 
 
@@ -512,6 +524,7 @@ def train_m(args):
 
 def train_c(args):
     """4. C by CMA-ES: in the dream (M alone, one C for each --tau), or in the real environment."""
+    args.device = processes.join(str(args.device))
     _, rnn, controller = load_models(args)
     mean = load_c(args.previous, *c_names(args)) if args.previous else np.zeros(controller.num_params)
     real = args.where == "real"
@@ -525,7 +538,8 @@ def train_c(args):
             budget = args.popsize, args.trials, args.c_steps, args.score_trials, args.sigma0, args.seed
             best = evolve(scores, mean, path, *budget)
             styles = {"best": "-", "mean": "-", "worst": "-", "score": "ko-"}
-            pictures.write_log_plot(path.with_suffix(".png"), best["log"], "steps", styles, ylabel="return")
+            if RANK == 0:
+                pictures.write_log_plot(path.with_suffix(".png"), best["log"], "steps", styles, ylabel="return")
             print(f"{path}: {controller.num_params} weights, {best['score']:.1f} in the {args.where} environment")
 
 
@@ -588,7 +602,7 @@ def bench(args):
     for batch in (1, 64, 1024):
         params, features = torch.randn(batch, controller.num_params, device=args.device), dream.reset(batch)
         step = lambda: dream.step(controller(params, features))[1].sum().item()  # noqa: B023, E731 (waits for the device)
-        rates.append(batch * common.per_second({"step": step})["step"])
+        rates.append(batch * processes.per_second({"step": step})["step"])
         print(f"{batch:5} dreams at once: {rates[-1]:9.0f} dream steps/s, {rates[-1] / rates[0]:6.1f} x one")
 
 
@@ -638,10 +652,12 @@ STEPS |= {"all": lambda args: [STEPS[name](args) for name in list(STEPS)[:5]][-1
 
 def main(argv=None):
     args = parse_args(argv, STEPS, __doc__)
+    if WORLD_SIZE > 1 and args.step != "train-c":
+        raise UserError(f"the step {args.step} is for one process: torchrun shares train-c alone")
     if args.step != "bench":
         flags = {name: getattr(args, name) for name in RUN_FLAGS}
         common.same_flags(args.run, flags)
-        if args.step != "test":
+        if args.step != "test" and RANK == 0:
             common.write_json(args.run / "args.json", flags)
     STEPS[args.step](args)
 

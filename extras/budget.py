@@ -12,7 +12,7 @@ command continues what was interrupted.
 import numpy as np
 
 import plan
-from lib import common, pictures
+from lib import common, pictures, processes
 from predictor import load_model
 
 BUDGETS = (16, 2), (32, 3), (64, 4), (100, 5), (150, 7), (300, 10)  # candidates and iterations
@@ -21,8 +21,8 @@ COLOURS = {"mpc-cem": "C0", "mpc-icem": "C1", "mpc-mppi": "C2"}
 
 def solve_all(args):
     """The results of plan.py for each planner and budget, {(planner, candidates, iterations): results}."""
-    results, device = {}, common.join(args.device)
-    common.keep_freed_memory()
+    results, device = {}, processes.join(args.device)
+    processes.keep_freed_memory()
     model = load_model(args.ckpt or plan.newest_run(), device)
     env = plan.open_world(model)
     for planner in COLOURS:

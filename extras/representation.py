@@ -33,7 +33,7 @@ import plan
 import train
 from encoders import build_encoder
 from extras.horizon import horizon_error
-from lib import common, pictures
+from lib import common, pictures, processes
 from lib.common import UserError, positive
 from lib.pointmaze import SHIFTS
 from lib.worlds import ENVIRONMENTS, make_env
@@ -121,7 +121,7 @@ def run_job(args_and_job):
     """Measures one run, or controls, with a worker's share of the cores. What is printed goes to a .log file."""
     args, env, encoder, seed = args_and_job
     path = run_path(args, env, encoder, seed)
-    common.keep_freed_memory()
+    processes.keep_freed_memory()
     torch.set_num_threads(max(1, os.cpu_count() // args.workers))
     with open(f"{path}.log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         result = measure_controls(args, env, seed) if encoder == CONTROLS else measure(args, env, encoder, seed)
@@ -233,7 +233,7 @@ def main():
     # One seed of everything, then the next. Within a seed short jobs come last: the first encoder, and the controls.
     jobs = [(env, name, seed) for seed in args.seeds for name in [*args.encoder[::-1], CONTROLS] for env in args.env]
     left = [(args, *job) for job in jobs if not (run_path(args, *job) / "study.json").exists()]
-    with common.Workers(min(args.workers, max(1, len(left)))) as pool:
+    with processes.Workers(min(args.workers, max(1, len(left)))) as pool:
         list(tqdm(pool.map(run_job, left, 1), "study", len(left), unit="run"))
     results = {}  # {(maze, encoder): what was measured, as arrays (seeds, ...)}
     for env, name in {(env, name) for env, name, _ in jobs}:

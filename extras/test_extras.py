@@ -13,7 +13,7 @@ import torch
 import train
 from encoders import build_encoder
 from extras import horizon, representation, tokens
-from lib import common, pictures
+from lib import pictures, processes
 from lib.worlds import make_env
 from predictor import WorldModel
 
@@ -98,7 +98,7 @@ STUDY += "--n-evals 3 --max-iter 2 --num-samples 20 --topk 5 --opt-steps 2".spli
 def here(monkeypatch):
     """The study's jobs are done in this process, which does not have to import everything again, as a worker does."""
     pool, threads = mock.Mock(map=lambda function, jobs, chunksize: map(function, jobs)), torch.get_num_threads()
-    monkeypatch.setattr(common, "Workers", lambda workers: contextlib.nullcontext(pool))
+    monkeypatch.setattr(processes, "Workers", lambda workers: contextlib.nullcontext(pool))
     yield
     torch.set_num_threads(threads)
 

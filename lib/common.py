@@ -1,26 +1,21 @@
 """What every script shares: how a user's error ends, how flags are read, how files are written whole or not at all,
-how tensors are read without executing anything, the plain training loop, and worker processes."""
+how tensors are read without executing anything, and the plain training loop."""
 
 import argparse
 import contextlib
-import ctypes
 import errno
 import functools
 import io
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
 import signal
 import sys
-import threading
 import time
 import uuid
 import warnings
-from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -333,9 +328,8 @@ def to_frames(images):
 
 
 def bfloat16(device, wanted=True):
-    """A context in which torch computes in bfloat16 if it is wanted, and where that is faster than in float32."""
-    fast = device.type != "cpu" or getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and fast)
+    """A context in which torch computes with bfloat16 numbers, if that is wanted and the device does not imitate it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and has_bfloat16(device.type))
 
 
 def fit(model, loss, steps, lr, seed, name, path=None, config=None, clip=None):
@@ -390,73 +384,3 @@ def load_fitted(model, path):
     remove(path.with_suffix(".unfinished.pt"))  # still there if a process was killed just before removing it
     load_state(model, saved["model"], path)
     return model.eval()
-
-
-# ---- Processes, time -----------------------------------------------------------------------------
-
-
-def join(device):
-    """Joins the processes that torchrun has started, if there are any. Returns the device of this one."""
-    if WORLD_SIZE > 1:
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))  # they may wait while the first one collects
-    return torch.device(device)
-
-
-def gather(value):
-    """The `value` of every process in a list, in order. It waits until all have come here."""
-    values = [value] * WORLD_SIZE
-    if WORLD_SIZE > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-class Workers(ProcessPoolExecutor):
-    """A pool of processes, each begun with `initializer(*initargs)`: `with Workers(...) as pool: pool.map(...)`."""
-
-    def __init__(self, workers, initializer=None, initargs=()):
-        spawn = multiprocessing.get_context("spawn")  # a forked copy of threads or of a renderer hangs
-        super().__init__(workers, spawn, _begin_worker, (initializer, initargs))
-
-    def map(self, function, items, chunksize=4):
-        """Yields `function(item)` in order. UserError if a worker process dies."""
-        try:
-            yield from super().map(function, items, chunksize=chunksize)
-        except BrokenProcessPool:
-            raise UserError("a worker process died (did the memory run out?): try fewer --workers") from None
-
-    def __exit__(self, *_):
-        self.shutdown(cancel_futures=True)
-
-
-def _begin_worker(initializer, initargs):
-    """Makes a worker end with its parent, without which it would wait for work for ever."""
-    parent, wait = multiprocessing.parent_process().sentinel, multiprocessing.connection.wait
-    threading.Thread(target=lambda: (wait([parent]), os._exit(1)), daemon=True).start()
-    if initializer:
-        initializer(*initargs)
-
-
-def keep_freed_memory():
-    """Tells glibc to keep freed memory. Planning on a CPU needs the same large blocks over and over, and new pages for
-    them took a fifth of the time of imagining. Nothing changes where there is another C library."""
-    with contextlib.suppress(OSError, AttributeError):
-        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-            ctypes.CDLL("libc.so.6").mallopt(option, value)
-
-
-def per_second(calls, seconds=3.0):
-    """How many times a second each of `calls` {name: function} can be made. They take turns, so that whatever else the
-    machine does slows all of them, and the median of a function's turns counts."""
-    times, end = {name: [] for name in calls}, time.perf_counter() + seconds * len(calls)
-    for call in calls.values():
-        call()  # the first time is not like the others
-    while time.perf_counter() < end or not all(times.values()):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - begin)
-    return {name: 1 / np.median(passed) for name, passed in times.items()}

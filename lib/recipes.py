@@ -39,7 +39,8 @@ def parse_args(argv, steps, description):
     add("--out", dest="run", type=Path, metavar="OUT", help="the run's folder (default: runs/worldmodels_ENV)")
     add("--seed", type=common.seed_number, default=0, help="the same seed gives the same run")
     add("--device", type=common.available_device, default=common.default_device(), help="where V, M and dreams compute")
-    add("--workers", type=positive, default=os.cpu_count(), help="number of processes with a real environment")
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes share them
+    add("--workers", type=positive, default=max(1, cores), help="number of processes with a real environment")
     add("--max-steps", type=positive, help="the most steps of an episode, real or dreamt")
     add("--patience", type=positive, help="steps without a reward after which an episode ends, except in `test`")
     add("--episodes", type=common.number(int, 2, 10**7), help="number of episodes to collect (the paper: 10,000)")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 import data
+from lib import processes
+from lib.common import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,8 +41,8 @@ def results(folder, name):
 
 def test_two_processes_train_and_plan_as_one_does(folder):
     flags = ["--steps", 12, "--batch-size", 26, "--sizes", "depth=1"]  # the last batch of an epoch is not even
-    for name, processes in (("one", 1), ("two", 2)):
-        code, printed = start(folder, ROOT / "train.py", *flags, "--name", name, processes=processes)
+    for name, several in (("one", 1), ("two", 2)):
+        code, printed = start(folder, ROOT / "train.py", *flags, "--name", name, processes=several)
         assert code == 0 and printed.count("plan with it") == 1, printed
         for path in (folder / "datasets" / "pointmaze").glob("tokens_*.npy"):
             path.rename(folder / f"{name}.npy")  # so that the next run encodes the frames, too
@@ -59,29 +62,22 @@ def test_two_processes_train_and_plan_as_one_does(folder):
         "--baselines",
         "random,oracle",
     ]
-    for name, processes in (("one", 1), ("two", 2)):
-        code, printed = start(folder, ROOT / "plan.py", *flags, "--name", name, processes=processes)
+    for name, several in (("one", 1), ("two", 2)):
+        code, printed = start(folder, ROOT / "plan.py", *flags, "--name", name, processes=several)
         assert code == 0 and printed.count("| `mpc-icem` |") == 2, printed
     assert results(folder, "one") == results(folder, "two")
     one, two = ((folder / "plan_outputs" / name / "problem_3.gif").read_bytes() for name in ("one", "two"))
     assert one == two
 
 
-@pytest.mark.parametrize(
-    ("script", "flags", "message"),
-    [
-        ("train.py", ["--batch-size", 9], "2 processes cannot share a --batch-size of 9 evenly"),
-        (
-            "plan.py",
-            ["--ckpt", "runs/one", "--n-evals", 3],
-            "3 problems in groups of 10 can keep at most 1 processes busy",
-        ),
-    ],
-)
-def test_what_processes_cannot_share_is_one_line(folder, script, flags, message):
-    code, printed = start(folder, ROOT / script, *flags, "--name", "refused", processes=2)
-    assert code != 0 and printed.count("error: ") == 1 and f"error: {message}" in printed, printed
-    assert not (folder / "plan_outputs" / "refused").exists() and not (folder / "runs" / "refused").exists()
+def test_what_processes_cannot_share_is_one_line(folder, monkeypatch):
+    code, printed = start(folder, ROOT / "train.py", "--batch-size", 9, "--name", "refused", processes=2)
+    assert code != 0 and printed.count("error: ") == 1, printed
+    assert "error: 2 processes cannot share a --batch-size of 9 evenly" in printed
+    assert not (folder / "runs" / "refused").exists()
+    monkeypatch.setattr(processes, "WORLD_SIZE", 3)
+    with pytest.raises(UserError, match="there is work for 2 processes, and not for 3"):
+        processes.share(abs, [1, 2])
 
 
 def test_processes_that_see_different_data_are_refused(folder):
@@ -93,3 +89,25 @@ def test_processes_that_see_different_data_are_refused(folder):
     code, printed = start(folder, "elsewhere.py", "--name", "apart", processes=2)
     assert code != 0 and printed.count("error: ") == 1, printed
     assert "error: the processes of torchrun see different data at datasets/pointmaze" in printed
+
+
+def test_two_processes_find_the_same_controller_as_one(folder):
+    script, tiny = (
+        ROOT / "vae_mdnrnn.py",
+        ["--env", "pointmaze", "--episodes", 4, "--max-steps", 15, "--sizes", "hidden=8"],
+    )
+    tiny += ["--v-steps", 2, "--m-steps", 2, "--workers", 1]
+    for step in ("collect", "train-v", "train-m"):
+        code, printed = start(folder, script, step, *tiny, "--out", "one")
+        assert code == 0, printed
+    shutil.copytree(folder / "one", folder / "two")
+    search = ["--popsize", 6, "--trials", 2, "--c-steps", 400, "--score-trials", 3]
+    for where, name in (("dream", "c_dream_tau1"), ("real", "c_real")):
+        for out, several in (("one", 1), ("two", 2)):
+            flags = [*tiny, *search, "--in", where, "--out", out]
+            code, printed = start(folder, script, "train-c", *flags, processes=several)
+            assert code == 0 and printed.count("weights, ") == 1, printed
+        one, two = ((folder / out / f"{name}.csv").read_text() for out in ("one", "two"))
+        assert one == two and one.count("\n") > 2
+    code, printed = start(folder, script, "train-v", *tiny, "--out", "one", processes=2)
+    assert code != 0 and "error: the step train-v is for one process: torchrun shares train-c alone" in printed

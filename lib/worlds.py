@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lib.common import UserError, Workers, to_frames
+from lib.common import UserError, to_frames
 from lib.pointmaze import PointMaze, PointMazeD4RL, observation_space
+from lib.processes import Workers
 
 
 class Screen(gym.Env):
