@@ -537,6 +537,7 @@ def main():
     if args.planner_args["alpha"] and not model.proprio_dim:
         raise UserError(f"alpha weighs proprio, which {args.ckpt} does not have beside its visual latent")
     processes.keep_freed_memory()
+    processes.use_threads(device, model.encoder.num_patches)
     env = open_world(model, args.shift)
     starts, goals = get_problems(env, args, model)
     if args.save_targets and RANK == 0:

@@ -73,6 +73,7 @@ def train(args):
         encoder.to(device).fit(frames_to_fit(encoder, dataset, train_episodes, rng), seed=args.seed)
 
     # the model
+    processes.use_threads(device, encoder.num_patches)
     stats, world = dataset.statistics(train_episodes), dict(env=env, img_size=img_size, data=str(dataset.path))
     if len({str((len(dataset.frames), statistics)) for statistics in processes.gather(stats)}) > 1:
         raise UserError(f"the processes of torchrun see different data at {dataset.path}: give all of them the same")

@@ -70,6 +70,13 @@ def _begin_worker(initializer, initargs):
         initializer(*initargs)
 
 
+def use_threads(device, num_patches):
+    """Lets torch compute with one thread where several are no faster, which is so for one token a frame. When another
+    program runs on the machine, several would wait for each other, and take up to ten times as long."""
+    if device.type == "cpu" and num_patches == 1:
+        torch.set_num_threads(1)
+
+
 def keep_freed_memory():
     """Tells glibc to keep freed memory. Planning on a CPU needs the same large blocks over and over, and new pages for
     them took a fifth of the time of imagining. Nothing changes where there is another C library."""
