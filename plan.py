@@ -16,10 +16,12 @@ whole plan; the paper, and a checkpoint of `--variant paper`, has a history of f
     python plan.py --baselines random,oracle                   # with its controls, on the same problems
     python plan.py --planner cem,gd,mpc-cem,mpc-gd             # the paper's comparison of planners, as a table
     python plan.py --goal-source goals.json                    # problems that --save-targets goals.json wrote
+    python plan.py --ckpt runs/pointmaze-large_pca --waypoints graph        # a maze that is longer than the horizon
     python plan.py --num-samples 400 --topk 10 --planner-args momentum=0.15,maxnorm=1   # CEM as V-JEPA 2-AC has it
 
 Writes plan_outputs/NAME/: table.md, results.json, success.png, and GIFs of a few problems: start, what happened, goal.
-If the run has a decoder, they also show what was imagined. Several planners get a folder each, and share the table.
+If the run has a decoder, they also show what was imagined. With waypoints, waypoints.png shows the same problems from
+above: the graph, the path, and what the ball did. Several planners get a folder each, and share the table.
 """
 
 import argparse
@@ -34,10 +36,11 @@ import torch
 from tqdm import tqdm
 
 from cem import cem, coloured_noise, gradient_descent, mpc, mppi
-from data import open_dataset
+from data import Windows, open_dataset, token_cache
 from lib import common, pictures
 from lib.common import UserError, positive
 from lib.pointmaze import SHIFTS
+from lib.waypoints import Graph, Route
 from lib.worlds import make_env
 from predictor import load_model
 
@@ -54,8 +57,9 @@ FILMS = 4  # problems that are filmed
 def latent_cost(model, worlds, device, objective="last", alpha=0.0, base=2.0):
     """Returns problems (B,) -> cost, where cost(actions (B, M, T, A)) -> (B, M) is J in the model's imagination.
 
-    Goals are encoded once, and observations once per plan. All candidates advance together, with one call of the model
-    per planner step; a batch of too many tokens is cut into pieces.
+    Goals are encoded once, and observations once per plan. A waypoint, if there is one, takes the place of a goal. All
+    candidates advance together, with one call of the model per planner step; a batch of too many tokens is cut into
+    pieces.
     """
 
     def encode(obs):
@@ -68,6 +72,8 @@ def latent_cost(model, worlds, device, objective="last", alpha=0.0, base=2.0):
     def for_problems(problems):
         z0 = encode({name: o[problems] for name, o in worlds.past.items()})
         goal = {name: latent[problems] for name, latent in goals.items()}
+        if worlds.route:
+            worlds.route.replace(problems, goal)
         H = z0["visual"].shape[1]  # frames that are known
         taken = torch.from_numpy(worlds.taken[problems]).to(device).reshape(len(problems), H - 1, model.action_dim)
 
@@ -95,16 +101,19 @@ def latent_cost(model, worlds, device, objective="last", alpha=0.0, base=2.0):
 
 
 def simulator_cost(worlds):
-    """The same interface, with MuJoCo as the model and the distance to the goal in metres as the cost."""
+    """The same interface, with MuJoCo as the model and the distance to the goal or the waypoint in metres as the cost."""
 
-    def cost(problems, actions):
+    def cost(problems, goals, actions):
         B, M = actions.shape[:2]
-        starts, goals = worlds.states[problems].repeat(M, axis=0), worlds.goals[problems, None, :2]
+        starts = worlds.states[problems].repeat(M, axis=0)
         final = worlds.env.simulate(starts, actions.cpu().numpy().reshape(B * M, -1, worlds.dof))
-        distance = np.linalg.norm(final[:, :2].reshape(B, M, 2) - goals, axis=-1)
+        distance = np.linalg.norm(final[:, :2].reshape(B, M, 2) - goals[:, None, :2], axis=-1)
         return torch.from_numpy(distance).to(actions.device)
 
-    return lambda problems: partial(cost, problems)
+    def for_problems(problems):
+        return partial(cost, problems, worlds.route.states(problems) if worlds.route else worlds.goals[problems])
+
+    return for_problems
 
 
 # ---- Planning and acting -------------------------------------------------------------------------
@@ -154,7 +163,7 @@ def solve(worlds, cost_for, model, args, device, title=""):
         return mpc(plan, act, len(worlds.states), args.goal_H, model.action_dim, *steps, device, start)
 
 
-def controls(env, starts, goals, model, args):
+def controls(env, starts, goals, model, args, graph=None):
     """Success rates by iteration of the controls in args.baselines, on the same problems and for as long."""
     rates, rng, device = {}, np.random.default_rng(args.seed[0]), model.action_mean.device
     oracle = argparse.Namespace(**vars(args) | {"planner": "cem"})  # CEM, whatever the planner
@@ -167,7 +176,7 @@ def controls(env, starts, goals, model, args):
         return torch.from_numpy(actions).float().flatten(2)
 
     for name in args.baselines:
-        worlds, steps = Worlds(env, starts, goals), (args.n_taken_actions, args.max_iter)
+        worlds, steps = Worlds(env, starts, goals, graph=graph), (args.n_taken_actions, args.max_iter)
         if name == "random":
             success = mpc(draw, worlds.act, len(starts), args.goal_H, model.action_dim, *steps)
         else:
@@ -181,19 +190,21 @@ class Worlds:
 
     `past` {name: (B, history, ...)} are the last `history` observations of each, and `taken`
     (B, (history - 1) * frameskip, DoF) the actions between them; before the start the ball rests where it is. The first
-    `films` problems are filmed, and their `plans` are kept: what was seen when a plan was made, and its actions.
+    `films` problems are filmed, and their `plans` are kept: what was seen when a plan was made, and its actions. Their
+    `tracks` say where the ball was. If there is a `graph` of waypoints, a `route` leads through it.
     """
 
-    def __init__(self, env, starts, goals, films=0, history=1, frameskip=1):
+    def __init__(self, env, starts, goals, films=0, history=1, frameskip=1, graph=None):
         self.env, self.states, self.goals = env, starts.copy(), goals
         env.shift_rng, self.film_rng = map(np.random.default_rng, (0, 1))  # the shifts are the same for each planner
         self.dof, self.bounds = env.action_space.shape[0], (env.action_space.low, env.action_space.high)
         obs = self.observe(starts)
         self.goal_obs = self.observe(goals)
         self.films = [[frame] for frame in obs["visual"][:films].copy()]
-        self.plans = [[] for _ in self.films]
+        self.plans, self.tracks = [[] for _ in self.films], [[state[:2]] for state in starts[:films]]
         self.past = {name: np.repeat(o[:, None], history, axis=1) for name, o in obs.items()}
         self.taken = np.zeros((len(starts), (history - 1) * frameskip, self.dof), np.float32)
+        self.route = graph and Route(graph, self)
 
     def observe(self, states):
         """States (B, P) -> {"visual": (B, H, W, 3) uint8, "proprio": (B, P)}."""
@@ -219,6 +230,7 @@ class Worlds:
                     self.env.step(action, render=False)
                     if i < len(self.films):
                         self.films[i].append(self.film())
+                        self.tracks[i].append(self.env.state[:2])
                 self.states[i] = self.env.state
             for name, seen in self.observe(self.states[problems]).items():
                 self.past[name][problems] = np.concatenate([self.past[name][problems, 1:], seen[:, None]], axis=1)
@@ -243,6 +255,22 @@ def open_world(model, shift=None):
     return env
 
 
+def open_episodes(args, model):
+    """The data set that --data names, or the model's own. UserError if it is of another world."""
+    dataset = open_dataset(args.data or model.world["data"])
+    if dataset.meta["env"] != model.world["env"]:
+        raise UserError(f"{dataset.path} has env {dataset.meta['env']}, the checkpoint has {model.world['env']}")
+    return dataset
+
+
+def open_graph(args, model, device):
+    """The graph of waypoints over the training episodes, or None without --waypoints."""
+    if args.waypoints:
+        dataset = open_episodes(args, model)
+        pairs = Windows(dataset, dataset.split()[0], 2, model.frameskip)
+        return Graph(model, pairs, token_cache(model.encoder, dataset, device), args.goal_H)
+
+
 def get_problems(env, args, model):
     """Start and goal states (2, problems, state_dim) from where --goal-source says. Those of a data set start in its
     validation episodes; the goal is what came goal_H model steps later, or where as many random actions lead."""
@@ -250,9 +278,7 @@ def get_problems(env, args, model):
         return random_problems(env, args)
     if args.goal_source not in ("dset", "random_action"):
         return read_problems(args.goal_source, env, model.world["env"])
-    dataset, steps = open_dataset(args.data or model.world["data"]), args.goal_H * model.frameskip
-    if dataset.meta["env"] != model.world["env"]:
-        raise UserError(f"{dataset.path} has env {dataset.meta['env']}, the checkpoint has {model.world['env']}")
+    dataset, steps = open_episodes(args, model), args.goal_H * model.frameskip
     train_episodes, episodes = dataset.split()
     mean, std = dataset.statistics(train_episodes)["action"]
     span, lengths = steps // dataset.meta["frameskip"], dataset.episode_ends - dataset.episode_starts
@@ -298,11 +324,11 @@ def read_problems(path, env, env_name):
 # ---- Reporting -----------------------------------------------------------------------------------
 
 
-def run(model, env, starts, goals, args, device, out):
+def run(model, env, starts, goals, args, device, out, graph=None):
     """Plans to all goals with one planner, writes what came of it to the folder `out`, and returns it."""
     from scipy.stats import binomtest  # here, because its import takes a second
 
-    worlds, n = Worlds(env, starts, goals, FILMS, args.history, model.frameskip), len(starts)
+    worlds, n = Worlds(env, starts, goals, FILMS, args.history, model.frameskip, graph), len(starts)
     alpha, base = args.planner_args["alpha"], args.planner_args["base"]
     cost_for, begin = latent_cost(model, worlds, device, args.objective, alpha, base), time.perf_counter()
     success = solve(worlds, cost_for, model, args, device, title=f"{args.planner} with {args.ckpt}")
@@ -313,9 +339,11 @@ def run(model, env, starts, goals, args, device, out):
         "interval": [list(binomtest(k, n).proportion_ci(method="wilson")) for k in success.sum(1).tolist()],
         "n_evals": n,
         "imagination": write_films(out, model, worlds, device),
-        "controls": controls(env, starts, goals, model, args),
+        "controls": controls(env, starts, goals, model, args, graph),
         "seconds": seconds,
     }
+    if worlds.route:
+        results["waypoints"] = worlds.route.report(out / "waypoints.png")
     common.write_json(out / "results.json", results)
     k = np.arange(1, len(rates) + 1)
     lines = [(k, rates, "o-", "world model")]
@@ -399,7 +427,8 @@ def get_args(argv=None):
     add = parser.add_argument
     add("--ckpt", help="the run to plan with, ours or released by DINO-WM (default: the newest under runs/)")
     add("--weights", help="pretrained weights for the encoder of a released run, which lacks them; as in train.py")
-    add("--data", help="data set of --goal-source dset, and of a released run's statistics (default: the run's own)")
+    data = "data set of --goal-source dset, --waypoints, and a released run's statistics (default: the run's own)"
+    add("--data", help=data)
     add(
         "--seed",
         type=common.seed_number,
@@ -421,6 +450,8 @@ def get_args(argv=None):
     add("--n-taken-actions", type=positive, help="model steps before replanning (default: goal_H; paper's variant: 1)")
     add("--history", type=positive, help="true frames that imagination starts from (default: 1; paper's: num_hist)")
     add("--max-iter", type=positive, help="MPC iterations (default: as many as make 10 goal_H model steps)")
+    waypoints = "graph: plan to waypoints on the shortest path to the goal in a graph over the training frames"
+    add("--waypoints", choices=("graph",), help=waypoints)
     add("--objective", choices=("last", "all"), default="last", help="imagined frames that should be like the goal")
     add("--num-samples", type=positive, default=300, help="number of candidates of cem, icem and mppi")
     add("--topk", type=positive, default=30, help="number of elites of cem and icem")
@@ -470,14 +501,14 @@ def main():
         raise UserError(f"alpha weighs proprio, which {args.ckpt} does not have beside its visual latent")
     common.keep_freed_memory()
     env = open_world(model, args.shift)
-    starts, goals = get_problems(env, args, model)
+    graph, (starts, goals) = open_graph(args, model, device), get_problems(env, args, model)
     if args.save_targets:
         content = {"env": model.world["env"], "starts": starts.tolist(), "goals": goals.tolist()}
         common.write_json(args.save_targets, content)
     results = {}
     for planner in args.planner:
         folder = out if len(args.planner) == 1 else out / planner
-        results[planner] = run(model, env, starts, goals, settle(args, planner, model), device, folder)
+        results[planner] = run(model, env, starts, goals, settle(args, planner, model), device, folder, graph)
     write_table(results, out / "table.md")
 
 
