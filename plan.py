@@ -101,7 +101,7 @@ def latent_cost(model, worlds, device, objective="last", alpha=0.0, base=2.0):
 
 
 def simulator_cost(worlds):
-    """The same interface, with MuJoCo as the model and the distance to the goal or the waypoint in metres as the cost."""
+    """The same interface. MuJoCo is the model, and the distance in metres to the goal or the waypoint is the cost."""
 
     def cost(problems, goals, actions):
         B, M = actions.shape[:2]

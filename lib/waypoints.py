@@ -11,8 +11,8 @@ Zhang et al. (2021, arXiv:2011.12491). The graph is made from frames alone, and 
                 the goal itself, if D(now, goal) <= reach
 
 Two frames that an episode joins within the horizon are joined by these edges, too, through the frames between them.
-A shortest path is made of the quickest passes on record, each at a speed that the ball may not have when it comes there.
-So a plan of 5 model steps aims only 3 steps ahead. With 4 or 5 more balls stayed for good where they could not go on.
+A shortest path is made of the quickest passes on record, and the ball often lacks the speed that they had. So a plan of
+5 model steps aims only 3 steps ahead: `reach` is 3/5 of the horizon. With more, some balls got stuck on the way.
 
 Deviation: the papers train a network to say how far apart two frames are, and join those that it believes to be near.
 Here only what an episode has done makes an edge, so that no edge leads through a wall.
