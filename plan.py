@@ -16,12 +16,14 @@ whole plan; the paper, and a checkpoint of `--variant paper`, has a history of f
     python plan.py --baselines random,oracle                   # with its controls, on the same problems
     python plan.py --planner cem,gd,mpc-cem,mpc-gd             # the paper's comparison of planners, as a table
     python plan.py --goal-source goals.json                    # problems that --save-targets goals.json wrote
+    python plan.py --ckpt runs/pointmaze-large_pca --waypoints graph        # a maze that is longer than the horizon
     python plan.py --planner mpc-cem                           # with DINO-WM's planner and budget
     python plan.py --planner mpc-cem --num-samples 400 --topk 10 --planner-args momentum=0.15,maxnorm=1  # V-JEPA 2-AC's
     torchrun --nproc-per-node 2 plan.py --n-evals 500          # two processes share the problems
 
 Writes plan_outputs/NAME/: table.md, results.json, success.png, and GIFs of a few problems: start, what happened, goal.
-If the run has a decoder, they also show what was imagined. Several planners get a folder each, and share the table.
+If the run has a decoder, they also show what was imagined. With waypoints, waypoints.png shows the same problems from
+above: the graph, the path, and what the ball did. Several planners get a folder each, and share the table.
 """
 
 import argparse
@@ -35,10 +37,11 @@ import numpy as np
 import torch
 
 from cem import cem, coloured_noise, gradient_descent, mpc, mppi
-from data import open_dataset
+from data import Windows, open_dataset, token_cache
 from lib import common, pictures, processes
 from lib.common import RANK, WORLD_SIZE, UserError, positive, tqdm
 from lib.pointmaze import SHIFTS
+from lib.waypoints import Graph, Route
 from lib.worlds import make_env
 from predictor import load_model, untrained_model
 
@@ -58,8 +61,9 @@ GROUP, FILMS = 10, 4  # problems that are planned at a time, and that are filmed
 def latent_cost(model, worlds, device, objective="last", alpha=0.0, base=2.0):
     """Returns problems (B,) -> cost, where cost(actions (B, M, T, A)) -> (B, M) is J in the model's imagination.
 
-    Goals are encoded once, and observations once per plan. All candidates advance together, with one call of the model
-    per planner step; a batch of too many tokens is cut into pieces.
+    Goals are encoded once, and observations once per plan. A waypoint, if there is one, takes the place of a goal. All
+    candidates advance together, with one call of the model per planner step; a batch of too many tokens is cut into
+    pieces.
     """
 
     def encode(obs):
@@ -72,6 +76,8 @@ def latent_cost(model, worlds, device, objective="last", alpha=0.0, base=2.0):
     def for_problems(problems):
         z0 = encode({name: o[problems] for name, o in worlds.past.items()})
         goal = {name: latent[problems] for name, latent in goals.items()}
+        if worlds.route:
+            worlds.route.replace(problems, goal)
         H = z0["visual"].shape[1]  # frames that are known
         taken = torch.from_numpy(worlds.taken[problems]).to(device).reshape(len(problems), H - 1, model.action_dim)
 
@@ -99,16 +105,19 @@ def latent_cost(model, worlds, device, objective="last", alpha=0.0, base=2.0):
 
 
 def simulator_cost(worlds):
-    """The same interface, with MuJoCo as the model and the distance to the goal in metres as the cost."""
+    """The same interface. MuJoCo is the model, and the distance in metres to the goal or the waypoint is the cost."""
 
-    def cost(problems, actions):
+    def cost(problems, goals, actions):
         B, M = actions.shape[:2]
-        starts, goals = worlds.states[problems].repeat(M, axis=0), worlds.goals[problems, None, :2]
+        starts = worlds.states[problems].repeat(M, axis=0)
         final = worlds.env.simulate(starts, actions.cpu().numpy().reshape(B * M, -1, worlds.dof))
-        distance = np.linalg.norm(final[:, :2].reshape(B, M, 2) - goals, axis=-1)
+        distance = np.linalg.norm(final[:, :2].reshape(B, M, 2) - goals[:, None, :2], axis=-1)
         return torch.from_numpy(distance).to(actions)
 
-    return lambda problems: partial(cost, problems)
+    def for_problems(problems):
+        return partial(cost, problems, worlds.route.states(problems) if worlds.route else worlds.goals[problems])
+
+    return for_problems
 
 
 # ---- Planning and acting -------------------------------------------------------------------------
@@ -169,7 +178,7 @@ def in_groups(solve_group, num_problems, title):
         return torch.cat(processes.share(solve_next, groups), dim=1)
 
 
-def controls(env, starts, goals, model, args):
+def controls(env, starts, goals, model, args, graph=None):
     """Success rates by iteration of the controls in args.baselines, on the same problems and for as long."""
     oracle = argparse.Namespace(**vars(args))
     if args.planner.endswith("gd"):  # the simulator has no gradient
@@ -187,7 +196,7 @@ def controls(env, starts, goals, model, args):
         return mpc(draw, worlds.act, len(worlds.states), args.goal_H, model.action_dim, *steps)
 
     def true_simulator(group, problems):
-        worlds = Worlds(env, starts[problems], goals[problems])
+        worlds = Worlds(env, starts[problems], goals[problems], graph=graph)
         return solve(worlds, simulator_cost(worlds), model, oracle, device, group)
 
     solvers = {"random": random_policy, "oracle": true_simulator}
@@ -200,19 +209,21 @@ class Worlds:
 
     `past` {name: (B, history, ...)} are the last `history` observations of each, and `taken`
     (B, (history - 1) * frameskip, DoF) the actions between them; before the start the ball rests where it is. The first
-    `films` problems are filmed, and their `plans` are kept: what was seen when a plan was made, and its actions.
+    `films` problems are filmed, and their `plans` are kept: what was seen when a plan was made, and its actions. Their
+    `tracks` say where the ball was. If there is a `graph` of waypoints, a `route` leads through it.
     """
 
-    def __init__(self, env, starts, goals, films=0, history=1, frameskip=1):
+    def __init__(self, env, starts, goals, films=0, history=1, frameskip=1, graph=None):
         self.env, self.states, self.goals = env, starts.copy(), goals
         env.shift_rng, self.film_rng = map(np.random.default_rng, (0, 1))  # the shifts are the same for each planner
         self.dof, self.bounds = env.action_space.shape[0], (env.action_space.low, env.action_space.high)
         obs = self.observe(starts)
         self.goal_obs = self.observe(goals)
         self.films = [[frame] for frame in obs["visual"][:films].copy()]
-        self.plans = [[] for _ in self.films]
+        self.plans, self.tracks = [[] for _ in self.films], [[state[:2]] for state in starts[:films]]
         self.past = {name: np.repeat(o[:, None], history, axis=1) for name, o in obs.items()}
         self.taken = np.zeros((len(starts), (history - 1) * frameskip, self.dof), np.float32)
+        self.route = graph and Route(graph, self)
 
     def observe(self, states):
         """States (B, P) -> {"visual": (B, H, W, 3) uint8, "proprio": (B, P)}."""
@@ -238,6 +249,7 @@ class Worlds:
                     self.env.step(action, render=False)
                     if i < len(self.films):
                         self.films[i].append(self.film())
+                        self.tracks[i].append(self.env.state[:2])
                 self.states[i] = self.env.state
             for name, seen in self.observe(self.states[problems]).items():
                 self.past[name][problems] = np.concatenate([self.past[name][problems, 1:], seen[:, None]], axis=1)
@@ -262,6 +274,22 @@ def open_world(model, shift=None):
     return env
 
 
+def open_episodes(args, model):
+    """The data set that --data names, or the model's own. UserError if it is of another world."""
+    dataset = open_dataset(args.data or model.world["data"])
+    if dataset.meta["env"] != model.world["env"]:
+        raise UserError(f"{dataset.path} has env {dataset.meta['env']}, the checkpoint has {model.world['env']}")
+    return dataset
+
+
+def open_graph(args, model, device):
+    """The graph of waypoints over the training episodes, or None without --waypoints."""
+    if args.waypoints:
+        dataset = open_episodes(args, model)
+        pairs = Windows(dataset, dataset.split()[0], 2, model.frameskip)
+        return Graph(model, pairs, token_cache(model.encoder, dataset, device), args.goal_H)
+
+
 def get_problems(env, args, model):
     """Start and goal states (2, problems, state_dim) from where --goal-source says. Those of a data set start in its
     validation episodes; the goal is what came goal_H model steps later, or where as many random actions lead."""
@@ -269,9 +297,7 @@ def get_problems(env, args, model):
         return random_problems(env, args)
     if args.goal_source not in ("dset", "random_action"):
         return read_problems(args.goal_source, env, model.world["env"])
-    dataset, steps = open_dataset(args.data or model.world["data"]), args.goal_H * model.frameskip
-    if dataset.meta["env"] != model.world["env"]:
-        raise UserError(f"{dataset.path} has env {dataset.meta['env']}, the checkpoint has {model.world['env']}")
+    dataset, steps = open_episodes(args, model), args.goal_H * model.frameskip
     train_episodes, episodes = dataset.split()
     mean, std = dataset.statistics(train_episodes)["action"]
     span, lengths = steps // dataset.meta["frameskip"], dataset.episode_ends - dataset.episode_starts
@@ -317,20 +343,22 @@ def read_problems(path, env, env_name):
 # ---- Reporting -----------------------------------------------------------------------------------
 
 
-def run(model, env, starts, goals, args, device, out):
+def run(model, env, starts, goals, args, device, out, graph=None):
     """Plans to all goals with one planner, writes what came of it to the folder `out`, and returns it."""
     from scipy.stats import binomtest  # here, because its import takes a second
 
-    n, begin, filmed = len(starts), time.perf_counter(), None
+    n, begin, filmed, ways = len(starts), time.perf_counter(), None, []
     objective = args.objective, args.planner_args["alpha"], args.planner_args["base"]
 
     def solve_group(group, problems):
         nonlocal filmed
         films = 0 if group else FILMS
-        worlds = Worlds(env, starts[problems], goals[problems], films, args.history, model.frameskip)
+        worlds = Worlds(env, starts[problems], goals[problems], films, args.history, model.frameskip, graph)
         filmed = filmed or worlds
         with common.bfloat16(device, args.dtype == "bfloat16"):
-            return solve(worlds, latent_cost(model, worlds, device, *objective), model, args, device, group)
+            success = solve(worlds, latent_cost(model, worlds, device, *objective), model, args, device, group)
+        ways.append(worlds.route and worlds.route.count())
+        return success
 
     success = in_groups(solve_group, n, f"{args.planner} with {args.ckpt}")
     seconds, rates = time.perf_counter() - begin, success.float().mean(1).tolist()
@@ -339,11 +367,17 @@ def run(model, env, starts, goals, args, device, out):
         "success_by_iter": rates,  # and its 95 % interval (Wilson, 1927)
         "interval": [list(binomtest(k, n).proportion_ci(method="wilson")) for k in success.sum(1).tolist()],
         "n_evals": n,
-        "controls": controls(env, starts, goals, model, args),
+        "controls": controls(env, starts, goals, model, args, graph),
         "seconds": seconds,
     }
+    if graph:
+        plans, lost = np.sum(sum(processes.gather(ways), []), axis=0).tolist()
+        results["waypoints"] = {"plans": plans, "without": lost}
+        print(f"{lost} of {plans} plans went without waypoints: the graph had no neighbour, or no path")
     if RANK:
         return results  # the first process alone writes
+    if graph:
+        filmed.route.draw(out / "waypoints.png")
     results["imagination"] = write_films(out, model, filmed, device)
     common.write_json(out / "results.json", results)
     k = np.arange(1, len(rates) + 1)
@@ -452,7 +486,8 @@ def get_args(argv=None):
     add = parser.add_argument
     add("--ckpt", help="the run to plan with, ours or released by DINO-WM (default: the newest under runs/)")
     add("--weights", help="pretrained weights for the encoder of a released run, which lacks them; as in train.py")
-    add("--data", help="data set of --goal-source dset, and of a released run's statistics (default: the run's own)")
+    data = "data set of --goal-source dset, --waypoints, and a released run's statistics (default: the run's own)"
+    add("--data", help=data)
     add(
         "--seed",
         type=common.seed_number,
@@ -474,6 +509,8 @@ def get_args(argv=None):
     add("--n-taken-actions", type=positive, help="model steps before replanning (default: goal_H; paper's variant: 1)")
     add("--history", type=positive, help="true frames that imagination starts from (default: 1; paper's: num_hist)")
     add("--max-iter", type=positive, help="MPC iterations (default: as many as make 10 goal_H model steps)")
+    waypoints = "graph: plan to waypoints on the shortest path to the goal in a graph over the training frames"
+    add("--waypoints", choices=("graph",), help=waypoints)
     add("--objective", choices=("last", "all"), default="last", help="imagined frames that should be like the goal")
     budget = {name: ", ".join(f"{method} {BUDGETS[method][name]}" for method in METHODS) for name in BUDGETS["gd"]}
     add("--num-samples", type=positive, help=f"number of candidates (default: {budget['num_samples']})")
@@ -539,14 +576,14 @@ def main():
     processes.keep_freed_memory()
     processes.use_threads(device, model.encoder.num_patches)
     env = open_world(model, args.shift)
-    starts, goals = get_problems(env, args, model)
+    graph, (starts, goals) = open_graph(args, model, device), get_problems(env, args, model)
     if args.save_targets and RANK == 0:
         content = {"env": model.world["env"], "starts": starts.tolist(), "goals": goals.tolist()}
         common.write_json(args.save_targets, content)
     results = {}
     for planner in args.planner:
         folder = out if len(args.planner) == 1 else out / planner
-        results[planner] = run(model, env, starts, goals, settle(args, planner, model), device, folder)
+        results[planner] = run(model, env, starts, goals, settle(args, planner, model), device, folder, graph)
     if RANK == 0:
         write_table(results, out / "table.md")
 

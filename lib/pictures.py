@@ -138,3 +138,27 @@ def write_rows(path, rows):
             ax.imshow(picture)
             ax.set(xticks=[], yticks=[])
     save_figure(path, figure, dpi=100)
+
+
+def write_maze(path, walls, nodes, edges, problems):
+    """Draws a maze from above, in metres, once for each of `problems`, with a graph and the way through it.
+
+    walls (W, 2) are the middles of cells, 1 m x 1 m each; nodes (n, 2); edges (e, 2) are pairs of nodes. A problem has
+    "steps" (n,), how far each node is from its goal; "path" (p, 2), the shortest; "aims" (a, 2), the waypoints at which
+    plans aimed; "track" (t, 2), where the ball was; and "goal" (2,).
+    """
+    from matplotlib.collections import LineCollection
+
+    figure = new_figure((4 * len(problems), 4))
+    for plot, problem in zip(figure.subplots(1, len(problems), squeeze=False)[0], problems, strict=True):
+        plot.bar(walls[:, 0], 1, width=1, bottom=walls[:, 1] - 0.5, color="0.75")
+        plot.add_collection(LineCollection(nodes[edges], colors="0.85", lw=0.2))
+        plot.scatter(*nodes.T, c=problem["steps"], s=2, cmap="viridis")
+        plot.plot(*problem["path"].T, "-", color="black", lw=1, label="path")
+        plot.plot(*problem["track"].T, "-", color="tab:red", lw=1, label="ball")
+        plot.plot(*problem["aims"].T, "o", color="tab:orange", mec="black", ms=5, label="waypoints")
+        plot.plot(*problem["track"][0], "s", color="white", mec="black", label="start")
+        plot.plot(*problem["goal"], "*", color="white", mec="black", ms=12, label="goal")
+        plot.set(aspect="equal", xticks=[], yticks=[])
+    figure.legend(*plot.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=5)
+    save_figure(path, figure, dpi=120)
