@@ -51,7 +51,8 @@ PLANNERS = METHODS + tuple(f"mpc-{method}" for method in METHODS)
 # What a plan costs, if no flag says otherwise. That of cem is DINO-WM's; icem plans as well with a sixth of it.
 BUDGETS = {"cem": dict(num_samples=300, topk=30, opt_steps=10), "icem": dict(num_samples=100, topk=10, opt_steps=5)}
 BUDGETS |= {"mppi": BUDGETS["cem"], "gd": dict(num_samples=1, topk=1, opt_steps=1000)}
-GROUP, FILMS = 10, 4  # problems that are planned at a time, and that are filmed
+GROUPS = {"cem": 10, "icem": 10, "mppi": 10, "gd": 50}  # problems that are planned at a time
+FILMS = 4  # problems that are filmed
 
 
 # ---- What a plan costs: in the model's imagination, or (a control) in the true simulator ---------
@@ -165,10 +166,11 @@ def solve(worlds, cost_for, model, args, device, group=0):
     return mpc(plan, act, len(worlds.states), args.goal_H, model.action_dim, *steps, device, start)
 
 
-def in_groups(solve_group, num_problems, title):
-    """Success (max_iter, problems) of all problems. `solve_group(group, problems)` solves GROUP of them at a time,
-    whatever their number, so that how they are dealt out to the processes of torchrun changes no result."""
-    groups = list(enumerate(slice(i, i + GROUP) for i in range(0, num_problems, GROUP)))
+def in_groups(solve_group, num_problems, planner, title):
+    """Success (max_iter, problems) of all problems. `solve_group(group, problems)` solves some of them at a time, as
+    many whatever their number, so that how they are dealt out to the processes of torchrun changes no result."""
+    size = GROUPS[planner.removeprefix("mpc-")]
+    groups = list(enumerate(slice(i, i + size) for i in range(0, num_problems, size)))
     with tqdm(total=len(groups) // WORLD_SIZE, desc=title, unit="group") as bar:
 
         def solve_next(numbered):
@@ -200,7 +202,7 @@ def controls(env, starts, goals, model, args, graph=None):
         return solve(worlds, simulator_cost(worlds), model, oracle, device, group)
 
     solvers = {"random": random_policy, "oracle": true_simulator}
-    success = {name: in_groups(solvers[name], len(starts), CONTROLS[name]) for name in args.baselines}
+    success = {name: in_groups(solvers[name], len(starts), "icem", CONTROLS[name]) for name in args.baselines}
     return {name: reached.float().mean(1).tolist() for name, reached in success.items()}
 
 
@@ -360,7 +362,7 @@ def run(model, env, starts, goals, args, device, out, graph=None):
         ways.append(worlds.route and worlds.route.count())
         return success
 
-    success = in_groups(solve_group, n, f"{args.planner} with {args.ckpt}")
+    success = in_groups(solve_group, n, args.planner, f"{args.planner} with {args.ckpt}")
     seconds, rates = time.perf_counter() - begin, success.float().mean(1).tolist()
     results = {
         "args": vars(args),
