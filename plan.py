@@ -215,9 +215,9 @@ class Worlds:
     `tracks` say where the ball was. If there is a `graph` of waypoints, a `route` leads through it.
     """
 
-    def __init__(self, env, starts, goals, films=0, history=1, frameskip=1, graph=None):
+    def __init__(self, env, starts, goals, films=0, history=1, frameskip=1, graph=None, group=0):
         self.env, self.states, self.goals = env, starts.copy(), goals
-        env.shift_rng, self.film_rng = map(np.random.default_rng, (0, 1))  # the shifts are the same for each planner
+        env.shift_rng, self.film_rng = (np.random.default_rng([i, group]) for i in (0, 1))  # the same for each planner
         self.dof, self.bounds = env.action_space.shape[0], (env.action_space.low, env.action_space.high)
         obs = self.observe(starts)
         self.goal_obs = self.observe(goals)
@@ -355,7 +355,8 @@ def run(model, env, starts, goals, args, device, out, graph=None):
     def solve_group(group, problems):
         nonlocal filmed
         films = 0 if group else FILMS
-        worlds = Worlds(env, starts[problems], goals[problems], films, args.history, model.frameskip, graph)
+        history = args.history, model.frameskip
+        worlds = Worlds(env, starts[problems], goals[problems], films, *history, graph, group)
         filmed = filmed or worlds
         with common.bfloat16(device, args.dtype == "bfloat16"):
             success = solve(worlds, latent_cost(model, worlds, device, *objective), model, args, device, group)
