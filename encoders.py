@@ -128,7 +128,8 @@ class PCAEncoder(FrozenEncoder):
         return self
 
     def forward(self, images):
-        return ((self.filtered(images).flatten(1) - self.mean) @ self.axes)[:, None]  # (B, 1, d)
+        with torch.autocast(images.device.type, enabled=False):  # 8 bits are too few for the sum over a frame's pixels
+            return ((self.filtered(images).flatten(1) - self.mean) @ self.axes)[:, None]  # (B, 1, d)
 
 
 class SpatialVAE(VAE):
