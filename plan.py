@@ -521,7 +521,10 @@ def get_args(argv=None):
     add("--opt-steps", type=positive, help=f"iterations per plan (default: {budget['opt_steps']})")
     add("--baselines", type=common.names(CONTROLS), default=[], help="controls on the same problems: random,oracle")
     add("--name", help="name of the result under plan_outputs/ (default: the run's)")
-    dtype = "numbers in which the model sees and imagines (default: bfloat16 on a GPU, and float32 on a CPU)"
+    dtype = (
+        "numbers in which the model sees and imagines (default: bfloat16 on a GPU, and for wide tokens on a CPU that "
+    )
+    dtype += "computes with it; else float32)"
     add("--dtype", choices=("float32", "bfloat16"), help=dtype)
     add("--device", type=common.available_device, default=common.default_device(), help="where to compute")
     add("--bench", action="store_true", help="measure how fast the model imagines, instead of planning with it")
@@ -531,7 +534,6 @@ def get_args(argv=None):
         raise UserError(f"--n-taken-actions {args.n_taken_actions} is more than the {args.goal_H} that --goal-H plans")
     if args.dtype == "bfloat16" and not common.has_bfloat16(args.device):
         raise UserError(f"the device {args.device} has no arithmetic for bfloat16: take --dtype float32")
-    args.dtype = args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")
     for planner in args.planner:
         settle(args, planner)  # an impossible budget is reported before anything is opened
     return args
@@ -551,6 +553,9 @@ def settle(args, planner, model=None):
     if method == "icem" and args.planner_args["keep"] >= args.num_samples:
         raise UserError(f"keep={args.planner_args['keep']} leaves no new candidate of --num-samples {args.num_samples}")
     args.history = args.history or (model.num_hist if paper else 1)
+    if model is not None and args.dtype is None:  # as plan.py --bench measures
+        wide = args.device.startswith("cuda") or model.encoder.dim >= 128
+        args.dtype = "bfloat16" if wide and common.has_bfloat16(args.device) else "float32"
     if planner.startswith("mpc-"):
         args.n_taken_actions = args.n_taken_actions or (1 if paper else args.goal_H)
         args.max_iter = args.max_iter or 10 * args.goal_H // args.n_taken_actions
