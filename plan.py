@@ -521,10 +521,7 @@ def get_args(argv=None):
     add("--opt-steps", type=positive, help=f"iterations per plan (default: {budget['opt_steps']})")
     add("--baselines", type=common.names(CONTROLS), default=[], help="controls on the same problems: random,oracle")
     add("--name", help="name of the result under plan_outputs/ (default: the run's)")
-    dtype = (
-        "numbers in which the model sees and imagines (default: bfloat16 on a GPU, and for wide tokens on a CPU that "
-    )
-    dtype += "computes with it; else float32)"
+    dtype = "numbers in which the model sees and imagines (default: bfloat16 where that is faster, else float32)"
     add("--dtype", choices=("float32", "bfloat16"), help=dtype)
     add("--device", type=common.available_device, default=common.default_device(), help="where to compute")
     add("--bench", action="store_true", help="measure how fast the model imagines, instead of planning with it")
@@ -541,11 +538,8 @@ def get_args(argv=None):
 
 def settle(args, planner, model=None):
     """The arguments of one planner. What no flag says follows from the planner and the checkpoint's variant."""
-    args, paper = (
-        argparse.Namespace(**vars(args) | {"planner": planner}),
-        model is not None and model.variant == "paper",
-    )
-    method = planner.removeprefix("mpc-")
+    args, method = argparse.Namespace(**vars(args) | {"planner": planner}), planner.removeprefix("mpc-")
+    paper = model is not None and model.variant == "paper"
     for name, default in BUDGETS[method].items():
         setattr(args, name, getattr(args, name) or default)
     if method in ("cem", "icem") and not 2 <= args.topk <= args.num_samples:
@@ -553,8 +547,8 @@ def settle(args, planner, model=None):
     if method == "icem" and args.planner_args["keep"] >= args.num_samples:
         raise UserError(f"keep={args.planner_args['keep']} leaves no new candidate of --num-samples {args.num_samples}")
     args.history = args.history or (model.num_hist if paper else 1)
-    if model is not None and args.dtype is None:  # as plan.py --bench measures
-        wide = args.device.startswith("cuda") or model.encoder.dim >= 128
+    if model is not None and args.dtype is None:
+        wide = args.device.startswith("cuda") or model.encoder.dim >= 128  # narrow ones gain nothing: see --bench
         args.dtype = "bfloat16" if wide and common.has_bfloat16(args.device) else "float32"
     if planner.startswith("mpc-"):
         args.n_taken_actions = args.n_taken_actions or (1 if paper else args.goal_H)
