@@ -35,6 +35,12 @@ from predictor import LAPTOP, PREDICTORS, SIZES, WorldModel, load_checkpoint, un
 
 FIT_FRAMES = 20_000  # how many training frames are shown to an encoder that is fitted
 DECODER_LR = 3e-4  # Adam's, as released
+# What training takes if no flag says otherwise: for patches that of DINO-WM, for one token a frame what suits a laptop.
+BUDGETS = {
+    "batch_size": {"patches": 32, "one": 512, "one, rwm or vjepa2_ac": 128},
+    "epochs": {"patches": 100, "one": 12, "one, rwm or vjepa2_ac": 20},
+    "lr": {"patches": 5e-4, "one": 2e-3, "one, rwm or vjepa2_ac": 5e-4},
+}
 
 
 def train(args):
@@ -88,12 +94,13 @@ def train(args):
     groups = [{"params": rest}]
     if decoder:
         groups.append({"params": decoder, "lr": DECODER_LR, "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(groups, lr=args.lr or (2e-3 if single else 5e-4), fused=True)
 
     # the budget
-    batch_size = args.batch_size or (512 if single else 32)
+    tokens = "patches" if not single else "one" if args.predictor == "vit" else "one, rwm or vjepa2_ac"
+    batch_size, epochs, lr = (getattr(args, name) or BUDGETS[name][tokens] for name in BUDGETS)
+    optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     steps_per_epoch = -(-len(train_windows) // batch_size)
-    total_steps = args.steps or (args.epochs or (12 if single else 100)) * steps_per_epoch
+    total_steps = args.steps or epochs * steps_per_epoch
     epochs = -(-total_steps // steps_per_epoch)
     if batch_size % WORLD_SIZE:
         raise UserError(f"{WORLD_SIZE} processes cannot share a --batch-size of {batch_size} evenly")
@@ -296,11 +303,13 @@ def get_args(argv=None):
     variant = "follow DINO-WM's released code, or its text: DINOv2 sees 224 px, an MLP embeds actions, no proprio"
     add("--variant", choices=("repository", "paper"), default="repository", help=variant)
     add("--decoder", nargs="?", const="plain", choices=("plain", "vq"), help="train a decoder, too; vq has a codebook")
-    add("--epochs", type=positive, help="passes over the windows (default: 100 for patches, 12 for one token)")
+    default = {name: "; ".join(f"{tokens}: {n}" for tokens, n in known.items()) for name, known in BUDGETS.items()}
+    default = {name: f"(default by the tokens of a frame, {known})" for name, known in default.items()}
+    add("--epochs", type=positive, help=f"passes over the windows {default['epochs']}")
     add("--steps", type=positive, help="gradient steps in all, instead of --epochs")
-    add("--batch-size", type=positive, help="windows per step (default: 32 for patches, 512 for one token)")
-    peak = "peak learning rate of AdamW (default: 5e-4 for patches, 2e-3 for one token)"
-    add("--lr", type=common.number(float, 0, 1, open_low=True), help=peak)
+    add("--batch-size", type=positive, help=f"windows per step {default['batch_size']}")
+    peak = common.number(float, 0, 1, open_low=True)
+    add("--lr", type=peak, help=f"peak learning rate of AdamW {default['lr']}")
     add("--seed", type=common.seed_number, default=0, help="the same seed gives the same run")
     add("--name", help="name of the run under runs/ (default: ENV_ENCODER, and _PREDICTOR if it is not vit)")
     add("--device", type=common.available_device, default=common.default_device(), help="where to compute")
