@@ -71,8 +71,8 @@ def _begin_worker(initializer, initargs):
 
 
 def use_threads(device, num_patches):
-    """Lets torch compute with one thread where several are no faster, which is so for one token a frame. When another
-    program runs on the machine, several would wait for each other, and take up to ten times as long."""
+    """Lets torch compute with one thread if frames have one token. Two would be a third faster while nothing else runs on
+    the machine. But beside another program they wait for each other, and take up to ten times as long."""
     if device.type == "cpu" and num_patches == 1:
         torch.set_num_threads(1)
 
