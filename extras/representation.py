@@ -1,21 +1,27 @@
 """The study: which encoder makes an action-conditioned world model plan best?
 
-Every encoder gets the same frames, transition model, gradient steps, goals and budget of CEM. PointMaze-UMaze hardly
+Every encoder gets the same frames, transition model, gradient steps, goals and budget of search. PointMaze-UMaze hardly
 tells encoders apart when there is time to replan (DINO-WM, arXiv:2411.04983: 0.94 to 0.98). So they are also compared
-after a single plan, in a larger maze, and in a world that looks different than in training. Each run measures
+after a single plan, in larger mazes, and in a world that looks different than in training. Each run measures
 
-    success       the share of the problems that are solved within 1, 2, ... MPC iterations; with each shift, within one
+    success       which problems are solved within 1, 2, ... MPC iterations; with each shift, within one
     latent error  the error of the predicted next latent, divided by the error of predicting no change
     drift         the error of the latent imagined h steps ahead, divided by its variance (extras/horizon.py)
     probe         R^2 of (x, y, vx, vy), read off the tokens of one frame by ridge regression
+    distance      rank correlation of the distance between two frames' tokens with that of the balls, up to 2 m
     train, plan   the seconds that train.py takes, fitting the encoder included, and planning takes without a shift
 
-    python -m extras.representation                  # the laptop set: no download, 75 minutes on two cores
-    python -m extras.representation --encoder dinov2,dinov2@random,r3m@r3m.pth --steps 20000 --n-evals 50    # on a GPU
+Two encoders meet the same problems. Let the first alone solve b of them, and the second alone c. If neither is better,
+b is drawn from Binomial(b + c, 1/2), which gives the p-value of a difference (McNemar, 1947, in its exact form).
+
+    python -m extras.representation                  # the laptop set: no download, three hours on two cores
+    python -m extras.representation --quick          # one seed, the smallest maze: fifteen minutes on two cores
+    python -m extras.representation --img-size 224 --curve dinov2 --steps 20000 --name pretrained \\
+        --encoder dinov2,dinov2@random,dino_cls,dinov3,vjepa2,dino_tok,vfm_vae                       # on a GPU
 
 Writes runs/NAME/: a run of train.py for each maze, encoder and seed, with its measurements in study.json; the controls
-for each maze and seed; table.md and study.png. The same command continues a study, and it may name
-more encoders, mazes or seeds than before.
+for each maze and seed; table.md and study.png. The same command continues a study, and it may name more encoders, mazes
+or seeds than before. The token caches that it leaves with the data take 7 GB.
 """
 
 import contextlib
@@ -26,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy import stats
-from tqdm import tqdm
+from scipy.spatial.distance import pdist
 
 import data
 import plan
@@ -34,63 +40,82 @@ import train
 from encoders import build_encoder
 from extras.horizon import horizon_error
 from lib import common, pictures, processes
-from lib.common import UserError, positive
+from lib.common import RANK, WORLD_SIZE, UserError, positive, tqdm
 from lib.pointmaze import SHIFTS
 from lib.worlds import ENVIRONMENTS, make_env
 from predictor import WorldModel
 
 SHIFTED, CONTROLS = "pointmaze", "controls"  # the maze that is shifted; what a job names instead of an encoder
-TRAINING = dict(img_size=64, steps=3000, batch_size=32)  # flags of train.py that are passed on, with other defaults
-PLANNING = dict(n_evals=32, max_iter=3, num_samples=64, topk=8, opt_steps=5)  # and flags of plan.py
+TRAINING = dict(img_size=64, steps=4000, batch_size=32, lr=1e-3)  # flags of train.py that are passed on, and defaults
+PLANNING = dict(n_evals=100, max_iter=3, num_samples=64, topk=16, opt_steps=4)  # and of plan.py
+PLANNER = dict(planner="mpc-icem", planner_args="keep=3", baselines="random,oracle")
+QUICK = dict(env="pointmaze", seeds="0", steps=1000, n_evals=50, curve="none", name="study_quick")
+CURVE = 0.25, 0.5, 1, 2  # the gradient steps of the curve's runs, as shares of --steps
+
+# What a comparison of two encoders is about. Those that the study has are made; and each is compared with the first.
+QUESTIONS = {
+    "pretrained semantics": ("efficientnet/efficientnet@random", "dinov2/dinov2@random", "vjepa2/vjepa2@random"),
+    "spatial tokens": ("efficientnet/efficientnet_pool", "vae_map/vae", "dinov2/dino_cls"),
+    "predictive pretraining": ("vjepa_tiny/patches", "vjepa_tiny/vae_map", "vjepa2/dinov2"),
+    "a reconstructive latent": ("vae/pca", "dino_tok/dinov2", "vfm_vae/dinov2"),
+    "denser features": ("dinov3/dinov2",),
+}
 
 
-def run_path(args, env, encoder, seed):
-    return Path("runs", args.name, f"{env}_{encoder.replace('/', '-')}_{seed}")
+# ---- One run -------------------------------------------------------------------------------------
+
+
+def run_path(args, env, encoder, seed, steps):
+    name = f"{env}_{encoder.replace('/', '-')}_{seed}"
+    return Path("runs", args.name, name if steps == args.steps else f"{name}_{steps}")
 
 
 def flags(args, options, **own):
     """The command line for another script: the flags `own`, and the values of our own flags `options` and --device."""
-    own |= {name: getattr(args, name) for name in [*options, "device"]}
+    own = {name: getattr(args, name) for name in [*options, "device"]} | own
     return [f"--{name.replace('_', '-')}={value}" for name, value in own.items() if value != ""]
 
 
-def train_args(args, env, encoder, seed):
+def train_args(args, env, encoder, seed, steps):
     """train.py's arguments for one run. Every encoder gets the transition model that train.py gives a single token."""
-    own = dict(env=env, seed=seed, name=run_path(args, env, encoder, seed).relative_to("runs"))
+    own = dict(env=env, seed=seed, steps=steps, name=run_path(args, env, encoder, seed, steps).relative_to("runs"))
     own["encoder"], _, own["weights"] = encoder.partition("@")
     own["sizes"] = ",".join(f"{name}={value}" for name, value in (train.LAPTOP | {"depth": args.depth}).items())
     return train.get_args(flags(args, TRAINING, **own))
 
 
 def plan_args(args, seed):
-    return plan.get_args(flags(args, PLANNING, seed=seed, baselines="random,oracle"))
+    return plan.get_args(flags(args, PLANNING, seed=args.problems + seed, **PLANNER))
 
 
-def measure(args, env_name, encoder, seed):
-    """Trains one run, plans with it, and returns what is measured."""
-    directory, device = run_path(args, env_name, encoder, seed), torch.device(args.device)
+def measure(args, env_name, encoder, seed, steps):
+    """Trains one run, plans with it, and returns what is measured. Of the curve's other runs only success is."""
+    directory, device = run_path(args, env_name, encoder, seed, steps), torch.device(args.device)
     start = time.perf_counter()
-    train.train(train_args(args, env_name, encoder, seed))
+    train.train(train_args(args, env_name, encoder, seed, steps))
     trained = time.perf_counter()
     model, env = WorldModel.load(directory, device), make_env(env_name, args.img_size)
-    settings = plan.settle(plan_args(args, seed), "mpc-cem", model)
+    settings = plan.settle(plan_args(args, seed), PLANNER["planner"], model)
     problems = plan.get_problems(env, settings, model)
 
-    def success(shift=None):  # within 1, 2, ... MPC iterations
+    def solved(shift=None):  # (MPC iterations, problems), 1 or 0
         worlds = plan.Worlds(make_env(env_name, args.img_size, shift), *problems)
-        reached = plan.solve(worlds, plan.latent_cost(model, worlds, device), model, settings, device)
-        return reached.float().mean(1).tolist()
+        return plan.solve(worlds, plan.latent_cost(model, worlds, device), model, settings, device).int().tolist()
 
-    result = {"tokens": model.encoder.num_patches, "dim": model.encoder.dim, "success": success()}
+    result = {"tokens": model.encoder.num_patches, "dim": model.encoder.dim, "success": solved()}
     result |= {"train_seconds": trained - start, "plan_seconds": time.perf_counter() - trained}
+    if steps != args.steps:
+        return result
     settings.max_iter = 1
-    result["shift"] = {shift: success(shift)[0] for shift in args.shift if env_name == SHIFTED}
+    result["shift"] = {shift: solved(shift)[0] for shift in args.shift if env_name == SHIFTED}
     last = np.atleast_1d(np.genfromtxt(directory / "log.csv", delimiter=",", names=True))[-1]
     result["latent_error"] = float(last["val_visual"] / last["copy"])
-    result["drift"] = horizon_error(env, {"": model}, args.drift, args.n_evals, [seed], device)[""]
+    result["drift"] = horizon_error(env, {"": model}, args.drift, args.n_evals, settings.seed, device)[""]
     dataset = data.open_dataset(model.world["data"])
     rows = [r[:: -(-len(r) // most)] for r, most in zip(map(dataset.rows, dataset.split()), (4000, 1000), strict=True)]
-    result["probe"] = linear_probe(data.token_cache(model.encoder, dataset, device), dataset.states, rows)
+    tokens = data.token_cache(model.encoder, dataset, device)
+    result["probe"] = linear_probe(tokens, dataset.states, rows)
+    result["distance"] = distance_correlation(tokens[rows[1]], dataset.states[rows[1]])
     return result
 
 
@@ -107,25 +132,35 @@ def linear_probe(tokens, states, rows, ridge=1e-4):
     return (1 - error.square().mean(0) / truth.var(0, unbiased=False)).tolist()
 
 
+def distance_correlation(tokens, states, within=2.0):
+    """Spearman's correlation of |z_i - z_j| with the distance in metres, over all pairs of frames `within` that of each
+    other. A plan is judged by |z_i - z_j| alone. tokens (S, N, d), states (S, 4)."""
+    latent, metres = pdist(tokens.reshape(len(tokens), -1).astype(np.float32)), pdist(states[:, :2])
+    return stats.spearmanr(latent[metres < within], metres[metres < within]).statistic
+
+
 def measure_controls(args, env_name, seed):
     """Returns the controls' success rates on the problems of a maze and a seed, which all encoders share. The model
     here never imagines anything: it only knows how the data's actions are spread, from which CEM draws."""
     dataset = data.open_dataset(data.default_folder(env_name, args.img_size))
     spread = dataset.statistics(dataset.split()[0])
     model = WorldModel(build_encoder("state"), spread["action"], spread["proprio"], depth=1)
-    env, settings = make_env(env_name, args.img_size), plan.settle(plan_args(args, seed), "mpc-cem", model)
+    env, settings = make_env(env_name, args.img_size), plan.settle(plan_args(args, seed), PLANNER["planner"], model)
     return plan.controls(env, *plan.get_problems(env, settings, model), model, settings)
 
 
 def run_job(args_and_job):
     """Measures one run, or controls, with a worker's share of the cores. What is printed goes to a .log file."""
-    args, env, encoder, seed = args_and_job
-    path = run_path(args, env, encoder, seed)
+    args, env, encoder, seed, steps = args_and_job
+    path = run_path(args, env, encoder, seed, steps)
     processes.keep_freed_memory()
     torch.set_num_threads(max(1, os.cpu_count() // args.workers))
     with open(f"{path}.log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        result = measure_controls(args, env, seed) if encoder == CONTROLS else measure(args, env, encoder, seed)
+        result = measure_controls(args, env, seed) if encoder == CONTROLS else measure(args, env, encoder, seed, steps)
     common.write_json(path / "study.json", result)
+
+
+# ---- Tables and the figure -----------------------------------------------------------------------
 
 
 def interval(values):
@@ -144,25 +179,69 @@ def stack(runs):
     return {k: stack([run[k] for run in runs]) for k in runs[0]} if isinstance(runs[0], dict) else np.array(runs)
 
 
-def write_tables(args, results, path):
-    """Writes a table for each maze. Every ± is a 95 % interval over seeds."""
-    lines = []
-    for env in args.env:
-        shifts = results[env, args.encoder[0]]["shift"]
-        header = ["encoder", "tokens", "within 1", f"within {args.max_iter}", *(f"with {shift}" for shift in shifts)]
-        header += ["latent error", f"drift at {args.drift}", "probe x, y", "probe vx, vy", "train s", "plan s"]
-        lines += [f"\n{env}, {args.n_evals} goals per seed\n", header, ["---"] * len(header)]
-        for name, rates in results[env, CONTROLS].items():
-            lines.append([name, "", cell(rates[:, 0]), cell(rates[:, -1]), *[""] * (len(header) - 4)])
-        for encoder in args.encoder:
-            run = results[env, encoder]
-            row = [encoder, f"{run['tokens'][0]} × {run['dim'][0]}"]
-            row += [cell(run["success"][:, 0]), cell(run["success"][:, -1]), *(cell(run["shift"][s]) for s in shifts)]
-            row += [cell(run["latent_error"], 3), cell(run["drift"]["model"][:, -1])]
-            row += [cell(run["probe"][:, :2].mean(1)), cell(run["probe"][:, 2:].mean(1))]
-            lines.append(row + [f"{run[key].mean():.0f}" for key in ("train_seconds", "plan_seconds")])
-    text = "\n".join(line if isinstance(line, str) else f"| {' | '.join(line)} |" for line in lines)
-    common.write_atomic(path, text + "\n")
+def mcnemar(one, other):
+    """The p-value of the difference between two encoders that met the same problems, which they solved (1) or not."""
+    b, c = int(np.sum(one > other)), int(np.sum(one < other))
+    return stats.binomtest(b, b + c).pvalue if b + c else 1.0
+
+
+def summary_rows(args, results, env):
+    """A row for each control and encoder in a maze. Every ± is a 95 % interval over seeds."""
+    shifts = results[env, args.encoder[0]]["shift"]
+    header = ["encoder", "tokens", "within 1", f"within {args.max_iter}", *(f"with {shift}" for shift in shifts)]
+    header += ["latent error", f"drift at {args.drift}", "probe x, y", "probe vx, vy", "distance", "train s", "plan s"]
+    rows = [header]
+    for name, rates in results[env, CONTROLS].items():
+        rows.append([name, "", cell(rates[:, 0]), cell(rates[:, -1]), *[""] * (len(header) - 4)])
+    for encoder in args.encoder:
+        run = results[env, encoder]
+        rates = run["success"].mean(2)  # (seeds, MPC iterations)
+        row = [encoder, f"{run['tokens'][0]} × {run['dim'][0]}", cell(rates[:, 0]), cell(rates[:, -1])]
+        row += [cell(run["shift"][shift].mean(1)) for shift in shifts]
+        row += [cell(run["latent_error"], 3), cell(run["drift"]["model"][:, -1])]
+        row += [cell(run["probe"][:, :2].mean(1)), cell(run["probe"][:, 2:].mean(1)), cell(run["distance"])]
+        rows.append(row + [f"{run[key].mean():.0f}" for key in ("train_seconds", "plan_seconds")])
+    return rows
+
+
+def outcomes(args, results, encoder):
+    """Which problems an encoder solves, by column: arrays (runs, problems) of 1 or 0."""
+    runs = {env: results[env, encoder] for env in args.env}
+    solved = {f"{env}, within 1": run["success"][:, 0] for env, run in runs.items()}
+    solved["all, within 1"] = np.concatenate(list(solved.values()))
+    solved[f"all, within {args.max_iter}"] = np.concatenate([run["success"][:, -1] for run in runs.values()])
+    return solved | {f"with {shift}": each for run in runs.values() for shift, each in run["shift"].items()}
+
+
+def comparison_rows(args, results):
+    """A row for each pair of encoders: by how much more the first solves, and p. Because p knows how the problems fell,
+    but not how training might have gone, the last column counts the runs in which the first is ahead."""
+    pairs = {(encoder, args.encoder[0]): "against the first" for encoder in args.encoder[1:]}
+    pairs |= {tuple(pair.split("/")): question for question, listed in QUESTIONS.items() for pair in listed}
+    rows = [["question", "encoders", *outcomes(args, results, args.encoder[0]), "runs ahead"]]
+    for pair, question in pairs.items():
+        if set(pair) <= set(args.encoder):
+            one, other = (outcomes(args, results, encoder) for encoder in pair)
+            row = [f"{one[c].mean() - other[c].mean():+.2f} (p {mcnemar(one[c], other[c]):.2g})" for c in one]
+            ahead = one["all, within 1"].mean(1) > other["all, within 1"].mean(1)
+            rows.append([question, " − ".join(pair), *row, f"{ahead.sum()} of {len(ahead)}"])
+    return rows
+
+
+def write_tables(args, results, curve, path):
+    """Writes a table for each maze, one of the comparisons, and one of success by the number of gradient steps."""
+    tables = {f"{env}, {args.n_evals} goals per seed": summary_rows(args, results, env) for env in args.env}
+    compared = comparison_rows(args, results)
+    if pairs := len(compared) - 1:
+        tables[f"Differences in success; Bonferroni asks of {pairs} rows that p < {0.05 / pairs:.2g}"] = compared
+    if curve:
+        header = ["gradient steps", *(f"{env}, within {k}" for env in args.env for k in (1, args.max_iter))]
+        rows = [[f"{n}", *(f"{rates[k]:.2f}" for rates in by_maze for k in (0, -1))] for n, by_maze in curve.items()]
+        tables[f"{args.curve} with seed {args.seeds[0]}, by the number of gradient steps"] = [header, *rows]
+    text = ""
+    for title, (header, *rows) in tables.items():
+        text += f"\n{title}\n\n" + "".join(f"| {' | '.join(r)} |\n" for r in [header, ["---"] * len(header), *rows])
+    common.write_atomic(path, text)
     print(text)
 
 
@@ -179,7 +258,7 @@ def draw(args, results, path):
 
     for env, ax in zip(args.env, mazes, strict=True):
         for i, encoder in enumerate(args.encoder):
-            curve(ax, results[env, encoder]["success"], f"C{i}o-", aside=i, label=encoder)
+            curve(ax, results[env, encoder]["success"].mean(2), f"C{i}o-", aside=i, label=encoder)
         for name, style in (("oracle", "k--"), ("random", "k:")):
             curve(ax, results[env, CONTROLS][name], style, label=plan.CONTROLS[name])
         ax.set(title=env, xlabel="MPC iterations", ylabel="success", ylim=(0, 1.05), xticks=range(1, args.max_iter + 1))
@@ -187,7 +266,8 @@ def draw(args, results, path):
         for name, style in (("model", "-"), ("copy", ":")):
             curve(drift, results[args.env[0], encoder]["drift"][name], f"C{i}{style}")
         run = results[shifted, encoder]
-        curve(shifts, np.column_stack([run["success"][:, 0], *run["shift"].values()]), f"C{i}o", first=0, aside=3 * i)
+        rates = [run["success"][:, 0].mean(1), *(solved.mean(1) for solved in run["shift"].values())]
+        curve(shifts, np.column_stack(rates), f"C{i}o", first=0, aside=3 * i)
     drift.set(xlabel="model steps ahead (dotted: copied)", ylabel="latent error / variance", yscale="log")
     shifts.set(title=f"{shifted} with each shift", ylabel="success within 1", ylim=(0, 1.05))
     shifts.set_xticks(range(1 + len(run["shift"])), ["plain", *run["shift"]], rotation=20)
@@ -195,51 +275,81 @@ def draw(args, results, path):
     pictures.save_figure(path, figure, dpi=120)
 
 
-def main():
+# ---- The script ----------------------------------------------------------------------------------
+
+
+def get_args():
     parser = common.Parser(description=__doc__.split("\n")[0])
     add, mazes = parser.add_argument, [name for name in ENVIRONMENTS if name.startswith("pointmaze")]
-    laptop = "pca,vae,vae_map,patches,vjepa_tiny"
+    laptop = "pca,vae,vae_map,patches,vjepa_tiny,efficientnet,efficientnet@random,efficientnet_pool"
 
     def several(parse):  # "a,b,c" becomes a list of what `parse` makes of each part, without repetitions
         return lambda text: list(dict.fromkeys(parse(part) for part in text.split(",") if part))
 
     add("--encoder", type=several(str), default=laptop, help="encoders, as ENCODER or ENCODER@WEIGHTS (see train.py)")
-    add("--env", type=common.names(mazes), default="pointmaze,pointmaze-medium", help="mazes to compare them in")
-    add("--seeds", type=several(common.seed_number), default="0,1,2", help="seeds of training, of problems and of CEM")
+    add("--env", type=common.names(mazes), default=",".join(mazes[:3]), help="mazes to compare them in")
+    add("--seeds", type=several(common.seed_number), default="0,1,2", help="seeds of training")
+    add("--problems", type=common.seed_number, default=7000, help="seed of the problems, to which a run adds its own")
+    add("--curve", default="efficientnet", help="encoder that the first seed also trains with other numbers of steps")
     add("--shift", type=common.names(SHIFTS), default=",".join(SHIFTS), help=f"shifts of {SHIFTED} to plan with")
     add("--depth", type=positive, default=2, help="layers of the transition model")
     add("--drift", type=positive, default=10, help="number of model steps over which imagination is followed")
     for name, default in (TRAINING | PLANNING).items():
-        add(f"--{name.replace('_', '-')}", type=positive, default=default, help="is passed on to train.py or plan.py")
+        kind = common.above_zero if name == "lr" else positive
+        add(f"--{name.replace('_', '-')}", type=kind, default=default, help="is passed on to train.py or plan.py")
+    quick = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in QUICK.items())
+    add("--quick", action="store_true", help=f"do with less, unless other flags say otherwise: {quick}")
     add("--workers", type=positive, help="number of runs at a time (default: one per core; 1 on a GPU)")
     add("--name", default="study", help="name of the study under runs/")
     add("--device", type=common.available_device, default=common.default_device(), help="where to compute")
+    parser.set_defaults(**(QUICK if parser.parse_args().quick else {}))
     args = parser.parse_args()
-    args.workers = args.workers or (os.cpu_count() if args.device == "cpu" else 1)
+    cores = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun's processes share them
+    args.workers = args.workers or (cores if args.device == "cpu" else 1)
     if not (args.encoder and args.env and args.seeds):
         raise UserError("--encoder, --env and --seeds each have to name at least one")
+    return args
+
+
+def main():
+    args = get_args()
+    args.device = str(processes.join(args.device))
     root = common.output_folder("runs", args.name)
-    fixed = {k: v for k, v in vars(args).items() if k not in ("encoder", "env", "seeds", "workers", "device")}
+    free = "encoder", "env", "seeds", "curve", "quick", "workers", "device"
+    fixed = {name: value for name, value in vars(args).items() if name not in free}
     common.same_flags(root, fixed)
     plan_args(args, args.seeds[0])
     for encoder in args.encoder:  # so that an unknown name or missing weights end the study before anything is trained
-        settings = train_args(args, args.env[0], encoder, args.seeds[0])
+        settings = train_args(args, args.env[0], encoder, args.seeds[0], args.steps)
         if settings.encoder == "state":
             raise UserError("the study compares what encoders make of frames, and --encoder state sees none")
         build_encoder(settings.encoder, train.encoder_img_size(settings), settings.weights)
     for env in args.env:
         train.open_or_collect(settings, env, args.img_size)
-    common.write_json(root / "args.json", fixed)
-    # One seed of everything, then the next. Within a seed short jobs come last: the first encoder, and the controls.
-    jobs = [(env, name, seed) for seed in args.seeds for name in [*args.encoder[::-1], CONTROLS] for env in args.env]
-    left = [(args, *job) for job in jobs if not (run_path(args, *job) / "study.json").exists()]
+    if RANK == 0:
+        common.write_json(root / "args.json", fixed)
+    # The curve comes first, because it has the longest run, then one seed of everything, and the next. Within a seed
+    # short jobs come last: the first encoder, and the controls.
+    names = [*args.encoder[::-1], CONTROLS]
+    jobs = [(env, name, seed, args.steps) for seed in args.seeds for name in names for env in args.env]
+    budgets = [round(share * args.steps) for share in CURVE] if args.curve in args.encoder else []
+    budgets = {n: [(env, args.curve, args.seeds[0], n) for env in args.env] for n in budgets if n}
+    jobs = list(dict.fromkeys(sum(budgets.values(), []) + jobs))
+    if WORLD_SIZE > len(jobs):
+        raise UserError(f"the study has {len(jobs)} runs, which is too few for {WORLD_SIZE} processes")
+    left = [job for job in jobs if not (run_path(args, *job) / "study.json").exists()]
+    left = [(args, *job) for job in processes.gather(left)[0][RANK::WORLD_SIZE]]  # dealt out to torchrun's processes
     with processes.Workers(min(args.workers, max(1, len(left)))) as pool:
         list(tqdm(pool.map(run_job, left, 1), "study", len(left), unit="run"))
+    processes.gather(None)
+    if RANK:
+        return  # the first process alone writes
+    measured = {job: common.read_json(run_path(args, *job) / "study.json") for job in jobs}
     results = {}  # {(maze, encoder): what was measured, as arrays (seeds, ...)}
-    for env, name in {(env, name) for env, name, _ in jobs}:
-        paths = [run_path(args, env, name, seed) / "study.json" for seed in args.seeds]
-        results[env, name] = stack([common.read_json(path) for path in paths])
-    write_tables(args, results, root / "table.md")
+    for env, name in {job[:2] for job in jobs}:
+        results[env, name] = stack([measured[env, name, seed, args.steps] for seed in args.seeds])
+    curve = {n: [np.mean(measured[job]["success"], 1) for job in by_maze] for n, by_maze in budgets.items()}
+    write_tables(args, results, curve, root / "table.md")
     draw(args, results, root / "study.png")
     print(f"{root}/ holds table.md, study.png and the runs")
 

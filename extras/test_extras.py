@@ -90,7 +90,7 @@ def test_runs_of_different_worlds_have_no_common_horizon(workplace, script):
 # ---------------------------------------------------------------------------------------------------------
 # representation.py
 
-STUDY = "--env pointmaze --encoder pca --seeds 0,1 --shift colours --workers 1 --steps 4 --depth 1 --drift 2".split()
+STUDY = "--env pointmaze --encoder pca --seeds 0,1 --shift colours --workers 2 --steps 4 --depth 1 --drift 2".split()
 STUDY += "--n-evals 3 --max-iter 2 --num-samples 20 --topk 5 --opt-steps 2".split()
 
 
@@ -108,10 +108,11 @@ def test_the_study_measures_every_run_once(workplace, script, here):
     assert code == 0, err
     root = workplace / "runs" / "study"
     (row,) = [line for line in (root / "table.md").read_text().splitlines() if line.startswith("| pca |")]
-    assert "1 × 32" in row and row.count("±") == 7
+    assert "1 × 32" in row and row.count("±") == 8
     assert (root / "study.png").exists() and "| oracle |" in out
     result = json.loads((root / "pointmaze_pca_1" / "study.json").read_text())
-    assert len(result["success"]) == 2 and list(result["shift"]) == ["colours"] and result["probe"][0] > 0.7
+    assert np.isin(result["success"], (0, 1)).all() and np.shape(result["success"]) == (2, 3)  # iterations, problems
+    assert list(result["shift"]) == ["colours"] and len(result["shift"]["colours"]) == 3 and result["probe"][0] > 0.7
     assert len(result["drift"]["model"]) == len(result["drift"]["copy"]) == 2
     for seed in (0, 1):  # the controls are measured once, not once for each encoder
         controls = json.loads((root / f"pointmaze_controls_{seed}" / "study.json").read_text())
@@ -120,10 +121,13 @@ def test_the_study_measures_every_run_once(workplace, script, here):
     stamps = {path: path.stat().st_mtime_ns for path in [*root.glob("*/study.json"), *root.glob("*/model.pt")]}
     lost = root / "pointmaze_pca_1" / "study.json"
     lost.unlink()
-    assert script("extras.representation", *STUDY, "--encoder", "pca,patches")[0] == 0  # goes on, with one encoder more
+    more = "--encoder", "pca,patches", "--curve", "pca"  # goes on, with one encoder more, and with a curve
+    assert script("extras.representation", *STUDY, *more)[0] == 0
     assert json.loads(lost.read_text())["success"] == result["success"]
     assert {path for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp} == {lost}
-    assert "| patches | 16 × 64 |" in (root / "table.md").read_text()
+    table = (root / "table.md").read_text()
+    assert "| patches | 16 × 64 |" in table and "| against the first | patches − pca | " in table
+    assert [line.split(" | ")[0] for line in table.splitlines()[-4:]] == ["| 1", "| 2", "| 4", "| 8"]  # gradient steps
     code, _, err = script("extras.representation", *STUDY, "--steps", 13)
     assert code == 2 and "was begun with other flags (--steps 4)" in err
 
@@ -134,11 +138,33 @@ def test_the_study_in_worker_processes(workplace, script):
     assert "±" not in (workplace / "runs" / "deep" / "own" / "table.md").read_text()  # one seed has no interval
 
 
+def test_encoders_are_compared_on_the_same_problems():
+    """Binomial(9, 1/2) gives P(8 or 9 of 9) = 10 / 512 on either side. What both or neither solve tells nothing."""
+    one, other = np.array([1] * 8 + [0] + [1] * 5), np.array([0] * 8 + [1] + [1] * 5)
+    assert representation.mcnemar(one, other) == representation.mcnemar(other, one) == pytest.approx(20 / 512)
+    assert representation.mcnemar(one, one) == 1
+
+    def run(*success):  # of two seeds, with two iterations, in (seeds, iterations, problems)
+        return {"success": np.array(success), "shift": {"light": np.array(success)[:, 0]}}
+
+    results = {("pointmaze", "vae"): run([[1, 1, 0], [1, 1, 0]], [[0, 1, 0], [1, 1, 1]])}
+    results |= {("pointmaze", "pca"): run([[0, 0, 0], [1, 1, 0]], [[0, 1, 0], [0, 0, 0]])}
+    args = mock.Mock(encoder=["pca", "vae"], env=["pointmaze"], max_iter=2)
+    header, *rows = representation.comparison_rows(args, results)
+    assert header[2:] == ["pointmaze, within 1", "all, within 1", "all, within 2", "with light", "runs ahead"]
+    once, in_the_end = "+0.33 (p 0.5)", "+0.50 (p 0.25)"
+    assert rows == [["a reconstructive latent", "vae − pca", once, once, in_the_end, once, "1 of 2"]]
+
+
 def test_linear_probe_and_intervals():
     seen, readout = np.random.default_rng(0).normal(size=(400, 2, 3)).astype(np.float32), np.arange(12).reshape(6, 2)
     states = np.column_stack([seen.reshape(400, 6) @ readout + 5, np.random.default_rng(1).normal(size=400)])
     read = representation.linear_probe(seen, states, (np.arange(300), np.arange(300, 400)))
     assert min(read[:2]) > 0.999 and abs(read[2]) < 0.1
+    places = np.random.default_rng(2).uniform(0, 3, (60, 2))
+    straight = np.pad(places, ((0, 0), (0, 2)))[:, None].astype(np.float32)
+    assert representation.distance_correlation(straight, places) == pytest.approx(1)
+    assert representation.distance_correlation(-seen[:60], places) < 0.3
     mean, half = representation.interval([[1.0, 5.0], [2.0, 5.0], [3.0, 5.0]])
     assert mean.tolist() == [2.0, 5.0]
     assert half == pytest.approx([4.302653 / 3**0.5, 0.0], rel=1e-6)  # Student's t with two degrees of freedom

@@ -29,7 +29,9 @@ try:
 except ImportError:  # on Windows nothing is locked, and what a killed process has left behind stays
     fcntl = None
 
-RANK, WORLD_SIZE = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))  # from torchrun
+# torchrun tells a process its number, and how many there are. They are taken out of the environment, so that a worker
+# process does not take itself for one of them.
+RANK, WORLD_SIZE = (int(os.environ.pop(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
 tqdm = functools.partial(progress_bars.tqdm, disable=RANK > 0)  # the first process alone shows progress
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
 DISK_ERRORS |= {errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG}

