@@ -58,7 +58,9 @@ def costs(model, obs, goal, actions, objective):
     """What actions cost (B,) in planning from one known frame to another."""
     numpy = lambda obs: {name: x.numpy() for name, x in obs.items()}  # noqa: E731
     goal = {name: x[:, 0] for name, x in goal.items()}
-    worlds = types.SimpleNamespace(past=numpy(obs), goal_obs=numpy(goal), taken=np.zeros((len(actions), 0, 10), "f4"))
+    worlds = types.SimpleNamespace(
+        route=None, past=numpy(obs), goal_obs=numpy(goal), taken=np.zeros((len(actions), 0, 10), "f4")
+    )
     cost = plan.latent_cost(model, worlds, torch.device("cpu"), objective, alpha=0.5, base=3.0)
     return cost(np.arange(len(actions)))(actions[:, None]).flatten()
 
