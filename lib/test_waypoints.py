@@ -56,7 +56,7 @@ def test_points_are_chosen_far_apart_by_hand():
 def test_the_way_leads_around_a_wall(tmp_path):
     """The ends of a U are two apart and eight steps. Two episodes know its halves, and two pass by a little beside."""
     halves = U[:6], U[4:]
-    graph = Graph(Eye, *pairs_of(tmp_path / "u", *halves, *(points + 0.1 for points in halves)), horizon=5, nodes=9)
+    graph = Graph(Eye, *pairs_of(tmp_path / "u", *halves, *(points + 0.1 for points in halves)), horizon=4, nodes=9)
     now = np.array([U[0], U[3], U[6], U[8], U[0], U[0]]) + 0.05
     goals = np.array([U[8], U[8], U[8], U[0], (9, 9), U[8]])
     route = Route(graph, worlds_at(now, goals))
@@ -120,7 +120,7 @@ def test_a_plan_along_waypoints_repeats_itself_and_draws_what_it_did(run, script
 @pytest.mark.parametrize(
     "what, message",
     [
-        ("few", "has 108 training frames, and a graph of waypoints has 3000 nodes"),
+        ("few", "has 108 training frames, and a graph of waypoints has 5000 nodes"),
         ("other", "has env other, the checkpoint has pointmaze"),
     ],
 )

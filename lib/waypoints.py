@@ -11,8 +11,8 @@ Zhang et al. (2021, arXiv:2011.12491). The graph is made from frames alone, and 
                 the goal itself, if D(now, goal) <= reach
 
 Two frames that an episode joins within the horizon are joined by these edges, too, through the frames between them.
-A shortest path is made of the quickest passes on record, and the ball often lacks the speed that they had. So a plan of
-5 model steps aims only 3 steps ahead: `reach` is 3/5 of the horizon. With more, some balls got stuck on the way.
+A shortest path is made of the quickest passes on record, and the ball often lacks the speed that they had. So `reach`
+is one model step less than the horizon.
 
 Deviation: the papers train a network to say how far apart two frames are, and join those that it believes to be near.
 Here only what an episode has done makes an edge, so that no edge leads through a wall.
@@ -28,7 +28,7 @@ from scipy.sparse.csgraph import dijkstra
 from lib.common import UserError
 from lib.pictures import write_maze
 
-NODES = 3000
+NODES = 5000
 
 
 def farthest_points(x, count):
@@ -65,7 +65,7 @@ class Graph:
         if len(rows) < nodes:
             what = f"{dataset.path} has {len(rows)} training frames, and a graph of waypoints has {nodes} nodes"
             raise UserError(f"{what}: collect more episodes")
-        self.model, self.reach = model, max(1, 3 * horizon // 5)
+        self.model, self.reach = model, max(1, horizon - 1)
         z = self.see({"visual": tokens[rows], "proprio": dataset.states[rows]})
         x = z["visual"].flatten(1)  # (S, N * d)
         chosen, nearest, distance = farthest_points(x, nodes)
