@@ -152,8 +152,8 @@ def write_maze(path, walls, nodes, edges, problems):
     figure = new_figure((4 * len(problems), 4))
     for plot, problem in zip(figure.subplots(1, len(problems), squeeze=False)[0], problems, strict=True):
         plot.bar(walls[:, 0], 1, width=1, bottom=walls[:, 1] - 0.5, color="0.75")
-        plot.add_collection(LineCollection(nodes[edges], colors="0.85", lw=0.2))
-        plot.scatter(*nodes.T, c=problem["steps"], s=2, cmap="viridis")
+        plot.add_collection(LineCollection(nodes[edges], colors="0.85", lw=0.1, zorder=1))
+        plot.scatter(*nodes.T, c=problem["steps"], s=2, cmap="viridis", zorder=2)
         plot.plot(*problem["path"].T, "-", color="black", lw=1, label="path")
         plot.plot(*problem["track"].T, "-", color="tab:red", lw=1, label="ball")
         plot.plot(*problem["aims"].T, "o", color="tab:orange", mec="black", ms=5, label="waypoints")
