@@ -29,7 +29,7 @@ from lib.common import RANK, WORLD_SIZE, NpyWriter, Parser, UserError, positive,
 from lib.pictures import write_strips
 from lib.worlds import ENVIRONMENTS, EpisodePool
 
-VERSION = 1  # of the format on disk
+VERSION = 2  # of the format, and of how the mazes are drawn
 
 
 def default_folder(env, img_size):

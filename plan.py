@@ -39,7 +39,7 @@ import torch
 from cem import cem, coloured_noise, gradient_descent, mpc, mppi
 from data import Windows, open_dataset, token_cache
 from lib import common, pictures, processes
-from lib.common import RANK, WORLD_SIZE, UserError, positive, tqdm
+from lib.common import RANK, UserError, positive
 from lib.pointmaze import SHIFTS
 from lib.waypoints import Graph, Route
 from lib.worlds import make_env
@@ -171,13 +171,7 @@ def in_groups(solve_group, num_problems, planner, title):
     many whatever their number, so that how they are dealt out to the processes of torchrun changes no result."""
     size = GROUPS[planner.removeprefix("mpc-")]
     groups = list(enumerate(slice(i, i + size) for i in range(0, num_problems, size)))
-    with tqdm(total=len(groups) // WORLD_SIZE, desc=title, unit="group") as bar:
-
-        def solve_next(numbered):
-            bar.update()
-            return solve_group(*numbered)
-
-        return torch.cat(processes.share(solve_next, groups), dim=1)
+    return torch.cat(processes.share(lambda group: solve_group(*group), groups, title), dim=1)
 
 
 def controls(env, starts, goals, model, args, graph=None):
@@ -427,7 +421,7 @@ def write_table(results, path):
     """A row for each planner and number of plans: what it searches, and how often it is at the goal by then."""
     controls = next(iter(results.values()))["controls"]
     header = ["planner", "search per plan", "plans × model steps", "success [95 %]", *controls, "seconds in all"]
-    rows = [header, ["---"] * len(header)]
+    rows = [header]
     for planner, result in results.items():
         args = result["args"]
         search = "gradient steps" if planner.endswith("gd") else f"× {args['num_samples']} candidates"
@@ -436,7 +430,7 @@ def write_table(results, path):
             row += [f"{result['success_by_iter'][k]:.2f} [{low:.2f}, {high:.2f}]"]
             row += [f"{rates[k]:.2f}" for rates in result["controls"].values()]
             rows.append([*row, f"{result['seconds']:.0f}"])
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    table = common.markdown_table(rows)
     common.write_atomic(path, table)
     print("\n" + table, end="")
 
@@ -458,7 +452,7 @@ def bench(size, device):
     kinds = [(how, dtype) for dtype in dtypes for how in ("plain", "cached")]
     rates = processes.per_second({kind: partial(imagine, *kind) for kind in kinds}, seconds=10)
     print(
-        f"{size} size, {N} x {d} numbers a frame, {candidates} candidates, {torch.get_num_threads()} threads, {device}"
+        f"{size} size, {N} x {d} numbers a frame, {candidates} candidates, {device}, {torch.get_num_threads()} threads"
     )
     for kind, rate in rates.items():
         ratio = rate / rates["plain", "float32"]
@@ -491,13 +485,8 @@ def get_args(argv=None):
     add("--weights", help="pretrained weights for the encoder of a released run, which lacks them; as in train.py")
     data = "data set of --goal-source dset, --waypoints, and a released run's statistics (default: the run's own)"
     add("--data", help=data)
-    add(
-        "--seed",
-        type=common.seed_number,
-        nargs="+",
-        default=[99],
-        help="seeds of the problems; the planner uses the first",
-    )
+    seeds = "seeds of the problems; the planner uses the first"
+    add("--seed", type=common.seed_number, nargs="+", default=[99], help=seeds)
     add("--n-evals", type=positive, default=50, help="number of problems per seed; those of all seeds are pooled")
     add("--shift", choices=SHIFTS, help="let the world appear otherwise than in training")
     sources = "random_state: random start and goal states; dset: both from a validation episode, goal_H model steps "

@@ -83,10 +83,10 @@ def train(args):
     stats, world = dataset.statistics(train_episodes), dict(env=env, img_size=img_size, data=str(dataset.path))
     if len({str((len(dataset.frames), statistics)) for statistics in processes.gather(stats)}) > 1:
         raise UserError(f"the processes of torchrun see different data at {dataset.path}: give all of them the same")
-    kind = dict(predictor=args.predictor, variant=args.variant, frameskip=args.frameskip, world=world)
+    settings = dict(predictor=args.predictor, variant=args.variant, frameskip=args.frameskip, world=world)
     sizes |= {"emb_dim": encoder.dim if sizes.get("concat_dim") == 0 else 10}
     sizes |= {"decoder": decoder_sizes(args, img_size, single) if args.decoder else None}
-    model = WorldModel(encoder, stats["action"], stats["proprio"], args.num_hist, **kind, **sizes).to(device)
+    model = WorldModel(encoder, stats["action"], stats["proprio"], args.num_hist, **settings, **sizes).to(device)
     if args.predictor_weights and resumed is None:
         model.predictor.load_released(args.predictor_weights)
     decoder = [] if model.decoder is None else list(model.decoder.parameters())
@@ -96,8 +96,8 @@ def train(args):
         groups.append({"params": decoder, "lr": DECODER_LR, "weight_decay": 0.0})
 
     # the budget
-    tokens = "patches" if not single else "one" if args.predictor == "vit" else "one, rwm or vjepa2_ac"
-    batch_size, epochs, lr = (getattr(args, name) or BUDGETS[name][tokens] for name in BUDGETS)
+    kind = "patches" if not single else "one" if args.predictor == "vit" else "one, rwm or vjepa2_ac"
+    batch_size, epochs, lr = (getattr(args, name) or BUDGETS[name][kind] for name in BUDGETS)
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     steps_per_epoch = -(-len(train_windows) // batch_size)
     total_steps = args.steps or epochs * steps_per_epoch
@@ -290,10 +290,7 @@ def get_args(argv=None):
     add("--img-size", type=positive, help="side of the frames in the data set, in pixels (default: its own, or 64)")
     add("--encoder", default="pca", help="encoder of the frames: python encoders.py lists them, and `state` sees none")
     add("--encoder-img-size", type=positive, help="side to which the encoder resizes frames (default: its own)")
-    add(
-        "--weights",
-        help="the encoder's weights: a file, folder, hub repository or 'random' (default: the released)",
-    )
+    add("--weights", help="the encoder's weights: a file, folder, hub repository or 'random' (default: the released)")
     add("--frameskip", type=positive, default=5, help="environment steps per model step")
     add("--num-hist", type=positive, default=3, help="number of frames that the transition model sees")
     add("--predictor", default="vit", choices=PREDICTORS, help="the transition model")

@@ -33,6 +33,7 @@ from torch import nn
 import data
 from lib import common, pictures, processes
 from lib.common import RANK, WORLD_SIZE, UserError, bfloat16, fit, to_frames, to_tensor, tqdm
+from lib.decoders import OnePixelDeconv
 from lib.recipes import RUN_FLAGS, c_names, first_held_out, load_controller, load_data, need, parse_args
 from lib.worlds import BATCH, DreamEnv, EpisodePool, play_alone
 
@@ -80,13 +81,6 @@ class VAE(nn.Module):
         """x (B, 3, 64, 64) -> its reconstruction from one sample of z, mu, logvar."""
         mu, logvar = self.encode(x)
         return self.decode(sample_z(mu, logvar)), mu, logvar
-
-
-class OnePixelDeconv(nn.ConvTranspose2d):
-    """A transposed convolution of a single pixel, (B, C, 1, 1), is a matrix product, and three times as fast as one."""
-
-    def forward(self, x):
-        return (x.flatten(1) @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:]) + self.bias[:, None, None]
 
 
 def sample_z(mu, logvar, generator=None):
@@ -291,8 +285,7 @@ def features_of(z, state, cell):
 
 
 class Agents:
-    """V, M and C in many real episodes at once, frame by frame (`rollout` of section 2.4). Each has a C of its own, and
-    random numbers of its own."""
+    """V, M and C in many real episodes at once (`rollout` of section 2.4), each with a C and a generator of its own."""
 
     def __init__(self, vae, rnn, controller, cell, size=BATCH):
         self.vae, self.rnn, self.controller, self.cell = vae, rnn, controller, cell
@@ -368,8 +361,6 @@ class Dream:
 
 # ---- CMA-ES: how C is found ----------------------------------------------------------------------
 
-DREAM_GROUPS = 4  # in which the dreams of a generation are dreamt
-
 
 @torch.inference_mode()
 def dream_returns(dream, controller, own, seed):
@@ -393,9 +384,9 @@ def dream_returns(dream, controller, own, seed):
 
 def dream_scores(dream, controller, params, seed, trials):
     """Cumulative reward of every row of params (P, num_params) in `trials` dreams each, (P, trials), and all steps.
-    They are dreamt in DREAM_GROUPS groups, which the processes of torchrun share without changing any dream."""
+    They are dreamt in four groups, which the processes of torchrun share without changing any dream."""
     own = torch.as_tensor(params, device=dream.device).repeat_interleave(trials, 0)  # each dream has its own C
-    groups = [(rows, seed + 2**32 * i) for i, rows in enumerate(own.tensor_split(DREAM_GROUPS)) if len(rows)]
+    groups = [(rows, seed + 2**32 * i) for i, rows in enumerate(own.tensor_split(4)) if len(rows)]
     returns, steps = zip(*processes.share(lambda group: dream_returns(dream, controller, *group), groups), strict=True)
     return np.concatenate(returns).reshape(len(params), trials), sum(steps)
 
@@ -404,8 +395,9 @@ def real_scores(pool, args, params, seed, trials):
     """Like `dream_scores`, in the real environment, and on the same `trials` tracks for every row of params."""
     limits = dict(steps=args.max_steps, patience=args.patience)
     jobs = [dict(who=p, seed=seed + i, **limits) for p in params for i in range(trials)]
-    parts = processes.share(lambda i: list(pool.returns(jobs[i::WORLD_SIZE])), range(WORLD_SIZE))
-    returns, steps = zip(*(parts[i % WORLD_SIZE][i // WORLD_SIZE] for i in range(len(jobs))), strict=True)
+    parts = np.array_split(np.array(jobs), min(WORLD_SIZE, len(jobs)))  # one for each process of torchrun
+    parts = processes.share(lambda part: list(pool.returns(part.tolist())), parts)
+    returns, steps = zip(*itertools.chain(*parts), strict=True)
     return np.reshape(returns, (len(params), trials)), sum(steps)
 
 
@@ -415,21 +407,18 @@ def evolve(scores, mean, path, popsize, trials, steps, score_trials, sigma0=0.1,
     scores(params (P, n), seed, trials) -> (P, trials) returns, and the steps that they took. All candidates of a
     generation get the same seed and so drive on the same tracks (but each dreams its own dreams). After every fifth
     generation and the last, the mean is scored over `score_trials` trials, always with the same seed.
-    Deviation: the paper gives each candidate 16 trials. Here `trials` is the first number and the largest. At first the
-    candidates differ so much that a few tracks find the better ones. Later they are alike, and luck decides. So half of
-    the tracks is compared with the other half: if the candidates' mean returns on the two correlate below 1/3, then
-    less than half of the variance between candidates is their own, and the rest is luck. Once that is so on average
-    over five generations, the number of trials is doubled. An episode, moreover, ends after `--patience` steps without
-    a reward, because few cars come back once they are off the road.
+    Deviation: the paper gives each candidate 16 trials. Here `trials` is the first number and the largest. At first a
+    few tracks tell good candidates from bad ones; later the candidates are alike, and luck decides. So the number is
+    doubled once the mean returns on one half of the tracks and on the other correlate below 1/3 on average over five
+    generations, because then luck makes more than half of the variance between candidates. And an episode ends after
+    `--patience` steps without a reward, because few cars come back once they are off the road.
     CMA-ES is deterministic, so the fitness values are its checkpoint: a resumed run tells it the stored values.
     """
     begun = dict(popsize=popsize, trials=trials, sigma0=sigma0, seed=seed)
     es = cma.CMAEvolutionStrategy(mean, sigma0, {"popsize": popsize, "seed": seed + 1, "verbose": -9})
     best = dict(score=-math.inf, params=torch.tensor(mean, dtype=torch.float32), fitness=[], log=[], begun=begun)
     if path.exists():
-        best = load_controller(path, len(mean))
-    if best["begun"] != begun:
-        raise UserError(f"{path} was begun with {best['begun']} and not {begun}: remove it, or give these flags")
+        best = load_controller(path, len(mean), begun)
     for values in best["fitness"]:
         es.tell(es.ask(), [-f for f in values])
     log = best["log"]
@@ -581,8 +570,6 @@ def iterate(args):
     Deviation: V is trained further, too, because later iterations see what the first did not. And C learns where --in
     says, in M or in the real environment.
     """
-    if len(args.tau) > 1:
-        raise UserError(f"iterate trains one C at a time: give one --tau, not {len(args.tau)}")
     table, previous = [], None
     heads = ",".join(dict.fromkeys([*args.heads.split(","), "reward", "action"]))
     for i in range(args.iterations):
@@ -652,8 +639,6 @@ STEPS |= {"all": lambda args: [STEPS[name](args) for name in list(STEPS)[:5]][-1
 
 def main(argv=None):
     args = parse_args(argv, STEPS, __doc__)
-    if WORLD_SIZE > 1 and args.step != "train-c":
-        raise UserError(f"the step {args.step} is for one process: torchrun shares train-c alone")
     if args.step != "bench":
         flags = {name: getattr(args, name) for name in RUN_FLAGS}
         common.same_flags(args.run, flags)

@@ -13,6 +13,7 @@ import numpy as np
 
 import plan
 from lib import common, pictures, processes
+from lib.common import RANK
 from predictor import load_model
 
 BUDGETS = (16, 2), (32, 3), (64, 4), (100, 5), (150, 7), (300, 10)  # candidates and iterations
@@ -21,22 +22,24 @@ COLOURS = {"mpc-cem": "C0", "mpc-icem": "C1", "mpc-mppi": "C2"}
 
 def solve_all(args):
     """The results of plan.py for each planner and budget, {(planner, candidates, iterations): results}."""
-    results, device = {}, processes.join(args.device)
+    results, device, ckpt = {}, processes.join(args.device), args.ckpt or plan.newest_run()
     processes.keep_freed_memory()
-    model = load_model(args.ckpt or plan.newest_run(), device)
+    model = load_model(ckpt, device)
     env = plan.open_world(model)
     for planner in COLOURS:
         for candidates, iterations in BUDGETS:
             out = common.output_folder("plan_outputs", f"{args.name}/{planner}_{candidates}_{iterations}")
             flags = [f"--planner={planner}", f"--num-samples={candidates}", f"--opt-steps={iterations}"]
             flags += [f"--topk={max(2, candidates // 10)}", f"--max-iter={args.max_iter}", f"--device={args.device}"]
-            flags += [f"--n-evals={args.n_evals}", "--seed", *map(str, args.seed)]
+            flags += [f"--ckpt={ckpt}", f"--n-evals={args.n_evals}", "--seed", *map(str, args.seed)]
             settings = plan.settle(plan.get_args(flags), planner, model)
-            if (out / "results.json").exists():
-                common.same_flags(out, vars(settings))
-            else:
-                common.write_json(out / "args.json", vars(settings))
+            done = processes.gather((out / "results.json").exists())[0]
+            common.same_flags(out, vars(settings))
+            if not done:
+                if RANK == 0:
+                    common.write_json(out / "args.json", vars(settings))
                 plan.run(model, env, *plan.get_problems(env, settings, model), settings, device, out)
+            processes.gather(None)  # the first process has written what came of it
             results[planner, candidates, iterations] = common.read_json(out / "results.json")
     return results
 
@@ -44,14 +47,12 @@ def solve_all(args):
 def report(results, max_iter, out):
     """Writes table.md, with 95 % intervals (Wilson), and budget.png, success by imagined candidate plans."""
     header = ["planner", "candidates × iterations", *(f"within {k + 1}" for k in range(max_iter)), "seconds in all"]
-    rows = [header, ["---"] * len(header)]
+    rows = [header]
     for (planner, candidates, iterations), result in results.items():
-        cells = [
-            f"{rate:.2f} [{low:.2f}, {high:.2f}]"
-            for rate, (low, high) in zip(result["success_by_iter"], result["interval"], strict=True)
-        ]
+        found = zip(result["success_by_iter"], result["interval"], strict=True)
+        cells = [f"{rate:.2f} [{low:.2f}, {high:.2f}]" for rate, (low, high) in found]
         rows.append([f"`{planner}`", f"{candidates} × {iterations}", *cells, f"{result['seconds']:.0f}"])
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    table = common.markdown_table(rows)
     common.write_atomic(out / "table.md", table)
     print(table)
     lines, bands, plans = [], [], [candidates * iterations for candidates, iterations in BUDGETS]
@@ -75,7 +76,9 @@ def main():
     add("--name", default="budget", help="name of the result under plan_outputs/")
     add("--device", type=common.available_device, default=common.default_device(), help="where to compute")
     args = parser.parse_args()
-    report(solve_all(args), args.max_iter, common.output_folder("plan_outputs", args.name))
+    results = solve_all(args)
+    if RANK == 0:
+        report(results, args.max_iter, common.output_folder("plan_outputs", args.name))
 
 
 if __name__ == "__main__":

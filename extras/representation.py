@@ -239,8 +239,8 @@ def write_tables(args, results, curve, path):
         rows = [[f"{n}", *(f"{rates[k]:.2f}" for rates in by_maze for k in (0, -1))] for n, by_maze in curve.items()]
         tables[f"{args.curve} with seed {args.seeds[0]}, by the number of gradient steps"] = [header, *rows]
     text = ""
-    for title, (header, *rows) in tables.items():
-        text += f"\n{title}\n\n" + "".join(f"| {' | '.join(r)} |\n" for r in [header, ["---"] * len(header), *rows])
+    for title, rows in tables.items():
+        text += f"\n{title}\n\n{common.markdown_table(rows)}"
     common.write_atomic(path, text)
     print(text)
 

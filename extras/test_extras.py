@@ -12,7 +12,7 @@ import torch
 
 import train
 from encoders import build_encoder
-from extras import horizon, representation, tokens
+from extras import budget, horizon, representation, tokens
 from lib import pictures, processes
 from lib.worlds import make_env
 from predictor import WorldModel
@@ -85,6 +85,25 @@ def test_runs_of_different_worlds_have_no_common_horizon(workplace, script):
     code, _, err = script("extras.horizon", "--ckpt", "runs/a", "runs/b", "--steps", 3)
     assert code == 2 and "only runs of one environment, --img-size and --frameskip can be compared" in err
     assert not (workplace / "plan_outputs").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# budget.py
+
+
+def test_every_planner_gets_every_budget_once(workplace, script, runs, monkeypatch):
+    (workplace / "runs").symlink_to(runs)
+    monkeypatch.setattr(budget, "BUDGETS", ((4, 1), (6, 2)))
+    command = "extras.budget", "--ckpt", "runs/vit", "--max-iter", 2, "--n-evals"
+    code, out, err = script(*command, 3)
+    assert code == 0, err
+    planned = [json.loads(path.read_text())["args"] for path in (workplace / "plan_outputs").rglob("results.json")]
+    chosen = {(args["planner"], args["num_samples"], args["opt_steps"], args["ckpt"]) for args in planned}
+    assert chosen == {(planner, *size, "runs/vit") for planner in budget.COLOURS for size in budget.BUDGETS}
+    assert (workplace / "plan_outputs" / "budget" / "budget.png").exists()
+    monkeypatch.setattr(budget.plan, "run", None)  # nothing is planned again
+    assert script(*command, 3)[1].splitlines()[-8:] == out.splitlines()[-8:]
+    assert "was begun with other flags (--n-evals 3)" in script(*command, 4)[2]
 
 
 # ---------------------------------------------------------------------------------------------------------

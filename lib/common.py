@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-import tqdm as progress_bars
 from torch import nn
+from tqdm import tqdm as progress_bar
 
 try:
     import fcntl
@@ -32,7 +32,7 @@ except ImportError:  # on Windows nothing is locked, and what a killed process h
 # torchrun tells a process its number, and how many there are. They are taken out of the environment, so that a worker
 # process does not take itself for one of them.
 RANK, WORLD_SIZE = (int(os.environ.pop(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-tqdm = functools.partial(progress_bars.tqdm, disable=RANK > 0)  # the first process alone shows progress
+tqdm = functools.partial(progress_bar, disable=RANK > 0)  # the first process alone shows progress
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
 DISK_ERRORS |= {errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG}
 
@@ -257,6 +257,11 @@ def write_csv(path, rows):
     header = list(dict.fromkeys(name for row in rows for name in row))
     lines = [header] + [[str(row.get(name, "")) for name in header] for row in rows]
     write_atomic(path, "".join(",".join(line) + "\n" for line in lines))
+
+
+def markdown_table(rows):
+    """Rows of cells, of which the first is the header, as text."""
+    return "".join(f"| {' | '.join(row)} |\n" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
 
 
 class NpyWriter:

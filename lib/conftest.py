@@ -1,1 +1,1 @@
-from test_all import script  # noqa: F401  (the same fixture)
+from test_all import frames, script  # noqa: F401  (the same fixtures)

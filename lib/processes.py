@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from lib.common import RANK, WORLD_SIZE, UserError
+from lib.common import RANK, WORLD_SIZE, UserError, tqdm
 
 
 def join(device):
@@ -37,11 +37,13 @@ def gather(value):
     return values
 
 
-def share(function, items):
-    """[function(item) for item in items], which the processes of torchrun share. UserError if some would be idle."""
+def share(function, items, title=None):
+    """[function(item) for item in items], which the processes of torchrun share, with a progress bar if it has a title.
+    UserError if some processes would be idle."""
     if WORLD_SIZE > len(items):
         raise UserError(f"there is work for {len(items)} processes, and not for {WORLD_SIZE}")
-    parts = gather([function(item) for item in items[RANK::WORLD_SIZE]])
+    mine = items[RANK::WORLD_SIZE]
+    parts = gather([function(item) for item in (tqdm(mine, title, unit="group") if title else mine)])
     return [parts[i % WORLD_SIZE][i // WORLD_SIZE] for i in range(len(items))]
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 import data
 from lib import common
-from lib.common import UserError, positive
+from lib.common import WORLD_SIZE, UserError, positive
 from lib.worlds import ENVIRONMENTS
 
 # The paper's sizes (appendix A), with budgets for two CPU cores: an hour and a half for takecover, four for carracing.
@@ -69,6 +69,10 @@ def parse_args(argv, steps, description):
     args.sizes = ",".join(f"{name}={getattr(args, name)}" for name in SIZES)
     if len(args.trials) > 2:
         raise UserError(f"--trials takes one or two numbers, not {len(args.trials)}")
+    if args.step == "iterate" and len(args.tau) > 1:
+        raise UserError(f"iterate trains one C at a time: give one --tau, not {len(args.tau)}")
+    if WORLD_SIZE > 1 and args.step != "train-c":
+        raise UserError(f"the step {args.step} is for one process: torchrun shares train-c alone")
     if len({f"{tau:g}" for tau in args.tau}) < len(args.tau):
         raise UserError("a temperature stands twice in --tau")
     return args
@@ -97,12 +101,14 @@ def load_data(args):
     return dataset, latents
 
 
-def load_controller(path, size):
-    """What `evolve` keeps in `path`, for a C of `size` weights."""
+def load_controller(path, size, begun=None):
+    """What `evolve` keeps in `path`, for a C of `size` weights. If its search goes on, it has to be as it was begun."""
     best = common.load_tensors(path)
     params = best.get("params")
     if not {"begun", "fitness", "log", "score"} <= best.keys() or len(params) != size or not params.isfinite().all():
         raise UserError(f"{path} does not hold the {size} weights of C: remove it, and give train-c again")
+    if begun and best["begun"] != begun:
+        raise UserError(f"{path} was begun with {best['begun']} and not {begun}: remove it, or give these flags")
     return best
 
 
