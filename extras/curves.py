@@ -44,8 +44,10 @@ def draw(logs, panels, path):
                 count, x, y = curves[panel]
                 plot.plot(x, y, f"C{i}", lw=1, label=run)
                 plot.set(title=" ".join(panel).removeprefix("log "), xlabel=count)
-        if all(min(curves[panel][2]) > 0 for curves in logs.values() if panel in curves):
+        numbers = [y for curves in logs.values() if panel in curves for y in curves[panel][2]]
+        if 0 < 10 * min(numbers) < max(numbers):
             plot.set_yscale("log")
+        plot.xaxis.get_major_locator().set_params(integer=True)
     lines = {line.get_label(): line for plot in figure.axes for line in plot.get_lines()}
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=3, frameon=False)
     for plot in figure.axes[len(panels) :]:

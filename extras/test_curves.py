@@ -47,7 +47,7 @@ def test_a_log_whose_package_is_missing_is_one_line(kind, module, workplace, scr
 
 def test_curves_of_several_runs_stand_in_one_figure(tmp_path, script, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    logs = {"a": "epoch,train,val,seconds\n1,2.0,3.0,9\n2,1.0,2.5,9\n", "b": "epoch,train\n1,-1.0\n2,-2.0\n"}
+    logs = {"a": "epoch,train,val,seconds\n1,2.0,30.0,9\n2,1.0,2.5,9\n", "b": "epoch,train\n1,-1.0\n2,-2.0\n"}
     for run, text in logs.items():
         Path(run).mkdir()
         Path(run, "log.csv").write_text(text)
