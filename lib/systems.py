@@ -1,22 +1,23 @@
 """World models that bring their own eyes, trained together with the dynamics: what all of them share.
 
 They stand beside `predictor.WorldModel`, whose encoder is frozen, and have the same methods. `train.py --system NAME`
-trains one, and `plan.py --ckpt` plans with it without knowing which it is. To add one, subclass `System`, give the class
-a line in SYSTEMS, and write
+trains one, and `plan.py --ckpt` plans with it without knowing which it is. To add one, subclass `System`, give the
+class a line in SYSTEMS, and write
 
-    encode({"visual": frames (B, T, H, W, 3) of 0 to 255}) -> {"visual": (B, T, N, d), "proprio": (B, T, 0)}
-    loss({"visual": frames (B, T, H, W, 3), "action": (B, T, A)}) -> loss, parts     T = num_frames; parts["visual"] is
-                                                 the error of the next frame's latent, by `criterion` (log.csv, `copy`)
-    rollout(z0, actions (B, T, A)) -> the latents of T + 1 frames                    z0: `encode` of the first frames
-    decode(visual (B, T, N, d)) -> frames (B, T, H, W, 3) uint8 (NumPy)              if it has a `decoder`
+    build(img_size, **sizes)                              makes the networks
+    encode({"visual": frames (B, T, H, W, 3) of 0 to 255, "proprio"}) -> {"visual": (B, T, N, d), "proprio": (B, T, 0)}
+    loss({"visual": frames (B, T, H, W, 3), "action": (B, T, A)}) -> loss, parts       T = num_frames; parts["visual"]
+                                                          is the error of one step ahead; log.csv has all parts
+    rollout(z0, actions (B, T, A)) -> the latents of T + 1 frames, the first of which are known: z0, from `encode`
+    decode(visual (B, T, N, d)) -> frames (B, T, H, W, 3) uint8, in NumPy              if it has a `decoder`
 
-Actions are in the world's units, all the frameskip * DoF numbers of a model step. `criterion(z, target, reduction=)` is
-what a plan costs, number by number. A system that plans without a cost has a method instead that `plan.solve` calls:
+Actions are in the world's units, all the frameskip * DoF numbers of a model step. `criterion(z, target, reduction)` is
+what a plan costs, as F.mse_loss. A system that plans without a cost has, instead of a rollout for it,
 
     plan(past {"visual": (B, history, H, W, 3) uint8}, goal {"visual": (B, H, W, 3)}, steps) -> actions (B, steps, A)
 
-The systems see images and actions alone, as DINO-WM's paper has it for those that it compares with. No single frame
-shows a speed, so they plan from the last `history` frames.
+which `plan.solve` calls. The systems see images and actions alone, which is the fair comparison with the paper's, since
+its text has no more either. No single frame shows a speed, so they plan from the last `history` frames.
 """
 
 import importlib
@@ -28,17 +29,11 @@ from torch import nn
 from lib.common import UserError, load_state, number
 from predictor import WorldModel, load_checkpoint
 
-# name: the module and the class, imported when it is wanted
-SYSTEMS = {
-    "dreamer": "lib.dreamer.Dreamer",
-    "iris": "lib.iris.IRIS",
-    "tdmpc2": "lib.tdmpc2.TDMPC2",
-    "lewm": "lib.tdmpc2.LeWM",
-    "avdc": "lib.avdc.AVDC",
-}
-SIZES = dict.fromkeys(
-    "width deter groups classes mlp_dim dim depth heads channels codes".split(), number(int, 1, 10**5)
-)
+# name: the class, imported when it is wanted
+SYSTEMS = {"dreamer": "lib.dreamer.Dreamer", "iris": "lib.iris.IRIS", "tdmpc2": "lib.tdmpc2.TDMPC2"}
+SYSTEMS |= {"lewm": "lib.tdmpc2.LeWM", "avdc": "lib.avdc.AVDC"}
+SIZES = "channels deter mlp_dim groups classes dim width depth heads codes"  # of any system
+SIZES = dict.fromkeys(SIZES.split(), number(int, 1, 10**5))
 
 
 def system_class(name):
@@ -50,17 +45,12 @@ def system_class(name):
 
 
 class System(nn.Module):
-    """Arguments as `WorldModel`'s, and `sizes`: what differs from the class's own. A subclass sets `name`, how it is
-    trained (`num_frames` of a window, `batch_size`, `steps` and `lr` of AdamW) and its default `sizes`."""
+    """Arguments as `WorldModel`'s, and `sizes` where they differ from the class's own. A subclass has a `name`, default
+    `sizes`, and how it is trained: `num_frames` of a window, `batch_size`, `steps` and `lr` of AdamW."""
 
-    num_patches, num_hist, history, context = (
-        1,
-        1,
-        3,
-        3,
-    )  # N; frames that the dynamics sees, planning and films begin with
-    proprio_dim, variant = 0, "repository"
-    criterion = staticmethod(F.mse_loss)
+    num_patches, num_hist = 1, 1  # N tokens of a frame, and how many frames the dynamics sees
+    history = context = 3  # true frames from which planning and pictures start
+    proprio_dim, variant, criterion = 0, "repository", staticmethod(F.mse_loss)
 
     def __init__(self, action_stats, proprio_stats, frameskip=5, world=None, **sizes):
         super().__init__()
@@ -81,16 +71,16 @@ class System(nn.Module):
     @classmethod
     def load(cls, directory, device="cpu"):
         """The model that `save` wrote to `directory`, in eval mode. UserError if it is missing or another system's."""
-        content = load_checkpoint(directory, device)
+        content, path = load_checkpoint(directory, device), f"{directory}/model.pt"
         try:
             config, state = dict(content["config"]), content["model"]
-            if (system := config.pop("system")) != cls.name:
-                raise ValueError(f"its system is {system}, not {cls.name}")
+            if (system := config.pop("system", None)) != cls.name:
+                raise UserError(f"{path} is of the system {system}, not {cls.name}")
             stats = [(state[f"{name}_mean"], state[f"{name}_std"]) for name in ("action", "proprio")]
             stats[0] = tuple(s[: len(s) // config["frameskip"]] for s in stats[0])  # of one environment action
-            model = cls(*stats, config["frameskip"], config["world"], **config["sizes"])
+            model = cls(*stats, **config.pop("sizes"), **config)
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, ZeroDivisionError) as error:
             reason = " ".join(str(error).split())[:150]
-            raise UserError(f"{directory}/model.pt is not a checkpoint of this version ({reason})") from None
-        load_state(model, state, f"{directory}/model.pt")
+            raise UserError(f"{path} is not a checkpoint of this version ({reason}): train it again") from None
+        load_state(model, state, path)
         return model.to(device).eval()
