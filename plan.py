@@ -62,7 +62,7 @@ def latent_cost(model, worlds, device, objective="last", alpha=0.0, base=2.0):
         return model.encode({name: torch.from_numpy(o).to(device) for name, o in obs.items()})
 
     # On a GPU a piece bounds the memory (3 GB at the paper's size); on a CPU it stays in the cache: 1.5 times as fast.
-    piece = max(1, 2 ** (13 if device.type == "cpu" else 18) // (model.num_hist * model.encoder.num_patches))
+    piece = max(1, 2 ** (13 if device.type == "cpu" else 18) // (model.num_hist * model.num_patches))
     goals = encode({name: o[:, None] for name, o in worlds.goal_obs.items()})
 
     def for_problems(problems):
@@ -83,7 +83,7 @@ def latent_cost(model, worlds, device, objective="last", alpha=0.0, base=2.0):
                     if weight:
                         frames = z[part][:, -1 if objective == "last" else H - 1 :]  # (n, 1 or T + 1, ...)
                         target = goal[part][index].expand_as(frames)
-                        error = model.predictor.criterion(frames, target, reduction="none")
+                        error = model.criterion(frames, target, reduction="none")
                         J = J + weight * error.flatten(2).mean(2)  # (n, 1 or T + 1)
                 w = base ** torch.arange(J.shape[1], device=device)
                 costs.append((J * (w / w.sum())).mean(1))
@@ -132,6 +132,10 @@ def solve(worlds, cost_for, model, args, device, title=""):
 
     @torch.no_grad()
     def plan(problems, mean):
+        if cost_for is None:  # a system that plans without a cost
+            seen = {name: torch.from_numpy(o[problems]).to(device) for name, o in worlds.past.items()}
+            goal = {name: torch.from_numpy(o[problems]).to(device) for name, o in worlds.goal_obs.items()}
+            return (model.plan(seen, goal, mean.shape[1]) - model.action_mean) / model.action_std
         cost, std = cost_for(problems), torch.full_like(mean, options["var_scale"])
         if method == "gd":
             free = lambda a: cost(a * model.action_std + model.action_mean)  # noqa: E731
@@ -304,7 +308,9 @@ def run(model, env, starts, goals, args, device, out):
 
     worlds, n = Worlds(env, starts, goals, FILMS, args.history, model.frameskip), len(starts)
     alpha, base = args.planner_args["alpha"], args.planner_args["base"]
-    cost_for, begin = latent_cost(model, worlds, device, args.objective, alpha, base), time.perf_counter()
+    begin, cost_for = time.perf_counter(), None
+    if not hasattr(model, "plan"):
+        cost_for = latent_cost(model, worlds, device, args.objective, alpha, base)
     success = solve(worlds, cost_for, model, args, device, title=f"{args.planner} with {args.ckpt}")
     seconds, rates = time.perf_counter() - begin, success.float().mean(1).tolist()
     results = {
@@ -419,7 +425,7 @@ def get_args(argv=None):
     add("--planner-args", type=read, default={}, help=f"settings of the planners, as K=V,K=V: {what}")
     add("--goal-H", type=positive, default=5, help="planning horizon in model steps")
     add("--n-taken-actions", type=positive, help="model steps before replanning (default: goal_H; paper's variant: 1)")
-    add("--history", type=positive, help="true frames that imagination starts from (default: 1; paper's: num_hist)")
+    add("--history", type=positive, help="true frames imagined from (default: 1; paper: num_hist; systems: 3)")
     add("--max-iter", type=positive, help="MPC iterations (default: as many as make 10 goal_H model steps)")
     add("--objective", choices=("last", "all"), default="last", help="imagined frames that should be like the goal")
     add("--num-samples", type=positive, default=300, help="number of candidates of cem, icem and mppi")
@@ -444,7 +450,7 @@ def settle(args, planner, model):
     """The arguments of one planner. What no flag says follows from the planner and the checkpoint's variant."""
     args, paper = argparse.Namespace(**vars(args) | {"planner": planner}), model.variant == "paper"
     args.opt_steps = args.opt_steps or (1000 if planner.endswith("gd") else 10)
-    args.history = args.history or (model.num_hist if paper else 1)
+    args.history = args.history or model.history
     if planner.startswith("mpc-"):
         args.n_taken_actions = args.n_taken_actions or (1 if paper else args.goal_H)
         args.max_iter = args.max_iter or 10 * args.goal_H // args.n_taken_actions

@@ -330,6 +330,8 @@ class WorldModel(nn.Module):
             if P:
                 self.proprio_encoder, self.proprio_dim = nn.Linear(P, emb_dim), emb_dim
         self.predictor = transition(encoder.num_patches, num_hist, encoder.dim, self.proprio_dim, A, **sizes)
+        self.num_patches, self.criterion = encoder.num_patches, transition.criterion
+        self.history = num_hist if variant == "paper" else 1  # frames that planning starts from, unless it is told
         # How many true frames a training rollout starts from. The paper's loss leaves shorter windows untrained.
         self.context = num_hist if transition.needs_history or variant == "paper" else 1
         self.decoder = build_decoder(encoder.num_patches, encoder.dim, **decoder) if decoder else None
@@ -464,4 +466,9 @@ def load_model(run, device="cpu", data=None, weights=None):
         from lib.released import load_released_model
 
         return load_released_model(run, device, data, weights)
+    config = load_checkpoint(run, device)["config"]
+    if isinstance(config, dict) and "system" in config:
+        from lib.systems import system_class
+
+        return system_class(config["system"]).load(run, device)
     return WorldModel.load(run, device)

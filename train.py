@@ -12,6 +12,7 @@ steps are drawn, and the transition model learns to predict the next latents (`W
     python train.py --predictor vjepa2_ac            # V-JEPA 2-AC
     python train.py --variant paper                  # what DINO-WM's text says where its code does otherwise
     python train.py --decoder                        # and a decoder, to see what it imagines
+    python train.py --system dreamer                 # a world model with eyes of its own (lib/systems.py)
 
 Writes runs/NAME/: args.json, model.pt, log.csv, curves.png; with a decoder imagined.png and imagined.gif. A run that
 was interrupted goes on from its last epoch when the same command is given again, and ends bit for bit (on the CPU)
@@ -19,6 +20,7 @@ where it would have.
 """
 
 import math
+import sys
 import time
 
 import numpy as np
@@ -29,6 +31,8 @@ import data
 from encoders import build_encoder
 from lib import common, pictures
 from lib.common import UserError, positive
+from lib.systems import SIZES as SYSTEM_SIZES
+from lib.systems import SYSTEMS, system_class
 from predictor import PREDICTORS, WorldModel, load_checkpoint
 
 FIT_FRAMES = 20_000  # how many training frames are shown to an encoder that is fitted
@@ -41,7 +45,7 @@ def train(args):
     meta = dataset.meta if dataset else {}
     env, img_size = args.env or meta.get("env", "pointmaze"), args.img_size or meta.get("img_size", 64)
     kinds = [kind for kind in (args.predictor, args.variant) if kind not in ("vit", "repository")]
-    directory = common.output_folder("runs", args.name or "_".join([env, args.encoder, *kinds]))
+    directory = common.output_folder("runs", args.name or "_".join([env, args.system or args.encoder, *kinds]))
     device = torch.device(args.device)
 
     # a run that is there goes on with the flags that it was begun with
@@ -56,31 +60,38 @@ def train(args):
     # the encoder, the data, and the windows
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
-    encoder = build_encoder(args.encoder, encoder_img_size(args), args.weights if resumed is None else "random")
-    single = encoder.num_patches == 1
-    sizes = transition_sizes(args, single)
+    system = system_class(args.system) if args.system else None
+    if system is None:
+        encoder = build_encoder(args.encoder, encoder_img_size(args), args.weights if resumed is None else "random")
+        single = encoder.num_patches == 1
+        sizes = transition_sizes(args, single)
     dataset = dataset or open_or_collect(args, env, img_size)
     for flag, wanted in (("env", env), ("img_size", img_size)):
         if dataset.meta[flag] != wanted:
             raise UserError(f"{dataset.path} has --{flag.replace('_', '-')} {dataset.meta[flag]}, and not {wanted}")
     print(f"{dataset.path}: {len(dataset)} episodes, frameskip {dataset.meta['frameskip']}")
     train_episodes, val_episodes = dataset.split()
-    num_frames = args.num_hist + args.rollout_steps
+    num_frames = system.num_frames if system else args.num_hist + args.rollout_steps
     train_windows = data.Windows(dataset, train_episodes, num_frames, args.frameskip)
     val_windows = data.Windows(dataset, val_episodes, num_frames, args.frameskip)
-    if resumed is None and hasattr(encoder, "fit"):
+    if resumed is None and system is None and hasattr(encoder, "fit"):
         encoder.to(device).fit(frames_to_fit(encoder, dataset, train_episodes, rng), seed=args.seed)
 
     # the model
     stats, world = dataset.statistics(train_episodes), dict(env=env, img_size=img_size, data=str(dataset.path))
-    kind = dict(predictor=args.predictor, variant=args.variant, frameskip=args.frameskip, world=world)
-    sizes |= {"emb_dim": encoder.dim if sizes.get("concat_dim") == 0 else 10}
-    sizes |= {"decoder": decoder_sizes(args, img_size, single) if args.decoder else None}
-    model = WorldModel(encoder, stats["action"], stats["proprio"], args.num_hist, **kind, **sizes).to(device)
+    kind = dict(frameskip=args.frameskip, world=world)
+    if system:
+        model = system(stats["action"], stats["proprio"], **kind, **args.sizes).to(device)
+    else:
+        kind |= dict(predictor=args.predictor, variant=args.variant)
+        sizes |= {"emb_dim": encoder.dim if sizes.get("concat_dim") == 0 else 10}
+        sizes |= {"decoder": decoder_sizes(args, img_size, single) if args.decoder else None}
+        model = WorldModel(encoder, stats["action"], stats["proprio"], args.num_hist, **kind, **sizes).to(device)
     if args.predictor_weights and resumed is None:
         model.predictor.load_released(args.predictor_weights)
-    decoder = [] if model.decoder is None else list(model.decoder.parameters())
-    rest = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("decoder.")]
+    decoder = list(model.decoder.parameters()) if args.decoder else []
+    taught = {id(p) for p in decoder}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taught]
     groups = [{"params": rest}]
     if decoder:
         groups.append({"params": decoder, "lr": DECODER_LR, "weight_decay": 0.0})
@@ -102,7 +113,8 @@ def train(args):
         except (KeyError, RuntimeError, ValueError):
             raise UserError(f"{directory}/model.pt does not go on with this version: remove {directory}") from None
         print(f"{directory}: going on after epoch {len(log)} of {epochs}")
-    tokens = data.token_cache(model.encoder, dataset, device)
+    tokens = dataset.frames if system else data.token_cache(model.encoder, dataset, device)
+    rollout = () if system else (args.rollout_steps,)
     common.write_json(directory / "args.json", flags)
 
     # the loop
@@ -116,7 +128,7 @@ def train(args):
         for batch in train_windows.batches(order, tokens, batch_size, device, frames=1 if decoder else 0):
             decoder_loss = 0.0
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                loss, _ = model.loss(batch, args.rollout_steps)
+                loss, _ = model.loss(batch, *rollout)
                 if decoder:
                     visual = model.encode(batch)["visual"][:DECODER_FRAMES, -1:]
                     decoder_loss, *_ = model.decoder_loss(visual, batch["frames"][:DECODER_FRAMES])
@@ -127,10 +139,10 @@ def train(args):
             total += loss.detach()
             bar.update()
         entry = {"epoch": epoch + 1, "train": total.item() / steps}
-        entry |= validate(model, val_windows, tokens, batch_size, device, args.rollout_steps)
+        entry |= validate(model, val_windows, tokens, batch_size, device, rollout)
         if not math.isfinite(entry["train"] + entry["val"]):
             raise UserError(f"the loss is not finite in epoch {epoch + 1}: try a smaller --lr")
-        if decoder:
+        if model.decoder is not None:
             entry |= show_imagination(model, dataset, val_episodes, num_frames, tokens, device, directory)
         log.append(entry | {"seconds": round(time.perf_counter() - start, 2)})
         bar.set_postfix_str(f"val {entry['val']:.4f}, copying {entry['copy']:.4f}")
@@ -151,16 +163,16 @@ def learning_rate(step, total_steps, warmup=0.05):
 
 
 @torch.no_grad()
-def validate(model, windows, tokens, batch_size, device, rollout_steps):
+def validate(model, windows, tokens, batch_size, device, rollout):
     """Validation losses {"val", "val_visual", "val_proprio", with rollouts "val_rollout"}, and "copy": the visual error
     of predicting no change."""
     model.eval()
     sums = {}
     for batch in windows.batches(np.arange(len(windows)), tokens, batch_size, device):
-        loss, parts = model.loss(batch, rollout_steps)
+        loss, parts = model.loss(batch, *rollout)
         visual = model.encode(batch)["visual"][:, : model.num_hist + 1]
         values = {"val": loss, **{f"val_{name}": part for name, part in parts.items()}}
-        values["copy"] = model.predictor.criterion(visual[:, :-1], visual[:, 1:])
+        values["copy"] = model.criterion(visual[:, :-1], visual[:, 1:])
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value.item() * len(visual) / len(windows)
     return sums
@@ -180,16 +192,18 @@ def show_imagination(model, dataset, episodes, num_frames, tokens, device, direc
     order = np.linspace(0, len(windows) - 1, count).astype(int)
     (batch,) = windows.batches(order, tokens, count, device, windows.num_frames)
     z, frames, H, known = model.encode(batch), batch["frames"], model.num_hist, model.context
-    packed, _ = model.predictor(model.pack(z)[:, :H], model.encode_action(batch["action"][:, :H]))
-    _, recon, vq = model.decoder_loss(z["visual"], frames)
-    _, recon_pred, _ = model.decoder_loss(model.unpack(packed)["visual"], frames[:, 1 : H + 1])
+    errors = {}
+    if isinstance(model, WorldModel):
+        packed, _ = model.predictor(model.pack(z)[:, :H], model.encode_action(batch["action"][:, :H]))
+        _, recon, vq = model.decoder_loss(z["visual"], frames)
+        _, recon_pred, _ = model.decoder_loss(model.unpack(packed)["visual"], frames[:, 1 : H + 1])
+        errors = {"recon": recon.item(), "vq": vq.item(), "recon_pred": recon_pred.item()}
     start = {name: latent[:, :known] for name, latent in z.items()}
     imagined = model.decode(model.rollout(start, batch["action"][:, :-1])["visual"])
     real, decoded = frames.byte().cpu().numpy(), model.decode(z["visual"])
     pictures.write_strips(directory / "imagined.png", *(f[i] for i in range(4) for f in (real, decoded, imagined)))
     films = np.concatenate([pictures.beside(real[i], imagined[i]) for i in range(4)])
     pictures.write_gif(directory / "imagined.gif", films, duration=50 * model.frameskip)
-    errors = {"recon": recon.item(), "vq": vq.item(), "recon_pred": recon_pred.item()}
     return errors | pictures.likeness(imagined[:, known:], real[:, known:])
 
 
@@ -250,6 +264,7 @@ def get_args(argv=None):
     add("--env", help="the world; its data are collected if they are not there (default: the data set's, or pointmaze)")
     add("--data", help="data set folder, ours or DINO-WM's point_maze (default: datasets/ENV, or datasets/ENV_SIZE)")
     add("--img-size", type=positive, help="side of the frames in the data set, in pixels (default: its own, or 64)")
+    add("--system", metavar="NAME", help=f"a world model with eyes of its own instead: {', '.join(SYSTEMS)}")
     add("--encoder", default="pca", help="encoder of the frames: python encoders.py lists them, and `state` sees none")
     add("--encoder-img-size", type=positive, help="side to which the encoder resizes frames (default: its own)")
     add(
@@ -260,25 +275,43 @@ def get_args(argv=None):
     add("--num-hist", type=positive, default=3, help="number of frames that the transition model sees")
     add("--predictor", default="vit", choices=PREDICTORS, help="the transition model")
     add("--predictor-weights", metavar="PATH", help="released predictor from which vjepa2_ac starts")
-    add("--sizes", type=common.key_values(KNOWN_SIZES), default={}, help="sizes of the transition: depth=2,heads=4")
+    sizes = common.key_values(SYSTEM_SIZES | KNOWN_SIZES)
+    add("--sizes", type=sizes, default={}, help="sizes of the transition or system: depth=2,heads=4")
     add("--rollout-steps", type=positive, help="frames imagined in training (default: vit 1, rwm 8, vjepa2_ac 2)")
     variant = "follow DINO-WM's released code, or its text: DINOv2 sees 224 px, an MLP embeds actions, no proprio"
     add("--variant", choices=("repository", "paper"), default="repository", help=variant)
     add("--decoder", nargs="?", const="plain", choices=("plain", "vq"), help="train a decoder, too; vq has a codebook")
     add("--epochs", type=positive, help="passes over the windows (default: 100 for patches, 20 for one token)")
-    add("--steps", type=positive, help="gradient steps in all, instead of --epochs")
-    add("--batch-size", type=positive, help="windows per step (default: 32 for patches, 128 for one token)")
-    add("--lr", type=common.number(float, 0, 1, open_low=True), default=5e-4, help="peak learning rate of AdamW")
+    add("--steps", type=positive, help="gradient steps in all, instead of --epochs (default: a system's own)")
+    add("--batch-size", type=positive, help="windows per step (default: 32; 128 for one token; or a system's own)")
+    lr = common.number(float, 0, 1, open_low=True)
+    add("--lr", type=lr, help="peak learning rate of AdamW (default: 5e-4, a system's own)")
     add("--seed", type=common.seed_number, default=0, help="the same seed gives the same run")
     add("--name", help="name of the run under runs/ (default: ENV_ENCODER, and _PREDICTOR if it is not vit)")
     add("--device", type=common.available_device, default=common.default_device(), help="where to compute")
     args = parser.parse_args(argv)
+    if args.system:
+        return system_args(args, sys.argv[1:] if argv is None else argv)
+    args.lr = args.lr or 5e-4
     args.rollout_steps = args.rollout_steps or PREDICTORS[args.predictor].rollout_steps
     if args.variant == "paper" and args.predictor != "vit":
         raise UserError(f"--variant paper is DINO-WM's, for --predictor vit, not {args.predictor}")
     if args.predictor_weights and args.predictor != "vjepa2_ac":
         raise UserError(f"--predictor-weights is for --predictor vjepa2_ac, not {args.predictor}")
     transition_sizes(args, single=True)  # a wrong name is reported before anything is built
+    return args
+
+
+def system_args(args, argv):
+    """The arguments of a system: its own defaults, and no flag that it does not have."""
+    system, given = system_class(args.system), {word.partition("=")[0] for word in argv}
+    foreign = "encoder encoder-img-size weights num-hist predictor predictor-weights rollout-steps variant decoder"
+    if unknown := [f"--{name}" for name in foreign.split() if f"--{name}" in given]:
+        raise UserError(f"--system {args.system} has no {', '.join(unknown)}: it has eyes and a dynamics of its own")
+    if unknown := args.sizes.keys() - system.sizes.keys():
+        raise UserError(f"--system {args.system} has no size {', '.join(unknown)}; it has {', '.join(system.sizes)}")
+    args.batch_size, args.lr = args.batch_size or system.batch_size, args.lr or system.lr
+    args.steps = args.steps or (None if args.epochs else system.steps)
     return args
 
 
