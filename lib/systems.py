@@ -12,7 +12,7 @@ class a line in SYSTEMS, and write
     decode(visual (B, T, N, d)) -> frames (B, T, H, W, 3) uint8, in NumPy              if it has a `decoder`
 
 Actions are in the world's units, all the frameskip * DoF numbers of a model step. `criterion(z, target, reduction)` is
-what a plan costs, as F.mse_loss. A system that plans without a cost has, instead of a rollout for it,
+what a plan costs, as F.mse_loss. A system that plans without a cost has a method more,
 
     plan(past {"visual": (B, history, H, W, 3) uint8}, goal {"visual": (B, H, W, 3)}, steps) -> actions (B, steps, A)
 
