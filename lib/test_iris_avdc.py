@@ -87,8 +87,14 @@ def test_the_diffusion_is_avdcs():
     def network(x, t, condition):
         return 0.6 * x - 0.3 * condition.roll(1, -1) + 0.01 * t.view(-1, 1, 1, 1)
 
-    noised, v = diffusion.noised(x, torch.tensor([20, 90]), noise)
+    t = torch.tensor([20, 90])
+    noised, v = diffusion.noised(x, t, noise)
     agree({"noised": noised, "v": v, "drawn": diffusion.draw(network, noise, 5, condition)})
+    with mock.patch("torch.randint", return_value=t), mock.patch("torch.randn_like", return_value=noise):
+        loss, clean = diffusion.loss(network, x, condition)
+    alpha, sigma = diffusion.at(t, x)
+    close(alpha * clean + sigma * (sigma * noised + alpha * network(noised, t, condition)), noised)
+    agree({"diffusion loss": loss[None]})
 
 
 # -- IRIS ----------------------------------------------------------------------------------------------------
@@ -153,6 +159,17 @@ def test_imagination_with_the_cache_is_the_plain_computation():
     assert (imagined["tokens"] == tokens).all() and len(tokens[:, 2:].unique()) > 4
     close(imagined["visual"], model.autoencoder.codes(tokens))
     assert imagined["visual"].shape == (3, 10, 16, 4) and imagined["proprio"].shape == (3, 10, 0)
+
+
+def test_a_dead_codebook_is_one_line(tmp_path, capsys):
+    model = build("iris", codes=64).eval()
+    model.autoencoder.codes.weight.data[:, 0] = torch.arange(64) * 100  # only the first is near
+    _, parts = model.loss(some_batch(2, 7))
+    model.save(tmp_path)
+    assert (
+        parts["used"] == 1 / 64
+        and capsys.readouterr().out.count("2% of the codes are in use, the codebook has died") == 1
+    )
 
 
 # -- AVDC ----------------------------------------------------------------------------------------------------
@@ -230,6 +247,7 @@ def test_each_trains_and_plans(workplace, script, name):  # noqa: F811
 @pytest.mark.parametrize("name, sizes, message", [
     ("iris", dict(img_size=40), "40 is not a multiple of 16"),
     ("iris", dict(width=9), "width=9 is not a multiple of heads=2"),
+    ("avdc", dict(width=9), "width=9 is not a multiple of the 8 groups"),
 ])  # fmt: skip
 def test_sizes_that_do_not_fit_are_refused(name, sizes, message):
     with pytest.raises(UserError, match=message):
