@@ -166,10 +166,8 @@ def test_a_dead_codebook_is_one_line(tmp_path, capsys):
     model.autoencoder.codes.weight.data[:, 0] = torch.arange(64) * 100  # only the first is near
     _, parts = model.loss(some_batch(2, 7))
     model.save(tmp_path)
-    assert (
-        parts["used"] == 1 / 64
-        and capsys.readouterr().out.count("2% of the codes are in use, the codebook has died") == 1
-    )
+    (line,) = capsys.readouterr().out.splitlines()
+    assert parts["used"] == 1 / 64 and "2% of the codes are in use, the codebook has died" in line
 
 
 # -- AVDC ----------------------------------------------------------------------------------------------------
