@@ -552,7 +552,7 @@ def settle(args, planner, model=None):
 
 
 def newest_run():
-    runs = sorted(Path("runs").glob("*/model.pt"), key=lambda path: path.stat().st_mtime)
+    runs = sorted(Path("runs").glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
     if not runs:
         raise UserError("no trained model under runs/: python train.py first, or give --ckpt")
     return str(runs[-1].parent)

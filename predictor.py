@@ -35,10 +35,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from encoders import build_encoder
-from lib.common import UserError, load_state, load_tensors, save_tensors, to_tensor
+from lib import common
+from lib.common import UserError, load_state, load_tensors, to_tensor
 from lib.decoders import build_decoder
 from lib.vjepa import RotaryBlock, attend, rotary_angles
-from lib.weights import load_renamed, rename
+from lib.weights import load_renamed, model_folder, rename
 
 # ---- The transition models -----------------------------------------------------------------------
 #
@@ -433,19 +434,18 @@ class WorldModel(nn.Module):
         reconstruction = F.mse_loss(images, frames.movedim(-1, -3) / 127.5 - 1)
         return reconstruction + 0.25 * codes, reconstruction, codes
 
-    def save(self, directory, **extra):
-        """Writes `directory`/model.pt, atomically, and with it `extra`, which a resumed training needs. The file holds
-        tensors and plain values only, so that loading it executes nothing."""
-        save_tensors(Path(directory) / "model.pt", {"config": self.config, "model": self.state_dict(), **extra})
+    def save_pretrained(self, directory):
+        """Writes config.json and model.safetensors, the Hugging Face hub's form of a model, to a folder."""
+        common.write_json(Path(directory) / "config.json", self.config)
+        common.save_safetensors(Path(directory) / "model.safetensors", self.state_dict())
 
     @classmethod
-    def load(cls, directory, device="cpu"):
-        """The model that `save` wrote to `directory`, in eval mode; with a system's config it is one of lib/systems.py.
-        UserError if it is missing or not ours."""
-        content = load_checkpoint(directory, device)
-        path = Path(directory) / "model.pt"
+    def from_pretrained(cls, run, device="cpu"):
+        """The model in a run's folder, or in a repository USER/NAME of the Hugging Face hub, in eval mode. If it is a
+        system, it is one of lib/systems.py. UserError if it is missing or not ours."""
+        path = model_folder(run) / "model.safetensors"
+        config, state = common.read_json(path.with_name("config.json")), common.load_safetensors(path, device)
         try:
-            config, state = dict(content["config"]), content["model"]
             stats = [(state[f"{name}_mean"], state[f"{name}_std"]) for name in ("action", "proprio")]
             stats[0] = tuple(s[: len(s) // config["frameskip"]] for s in stats[0])  # of one environment action
             system, sizes = config.pop("system", None), config.pop("sizes")
@@ -461,7 +461,7 @@ class WorldModel(nn.Module):
                 model = cls(encoder, *stats, **config, **sizes)
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, ZeroDivisionError) as error:
             reason = " ".join(str(error).split())[:150]
-            raise UserError(f"{path} is not a checkpoint of this version ({reason}): train it again") from None
+            raise UserError(f"{path} is not a model of this version ({reason}): train it again") from None
         load_state(model, state, path)
         return model.to(device).eval()
 
@@ -473,17 +473,6 @@ def untrained_model(size, device):
     return WorldModel(build_encoder(*encoder, "random"), *statistics, **sizes | {"dropout": 0.0}).to(device)
 
 
-def load_checkpoint(directory, device="cpu"):
-    """The dictionary in `directory`/model.pt."""
-    path = Path(directory) / "model.pt"
-    if not path.is_file():
-        raise UserError(f"no checkpoint at {path}: train one with python train.py, or give --ckpt runs/NAME")
-    content = load_tensors(path, device)
-    if not {"config", "model"} <= content.keys():
-        raise UserError(f"{path} is not a checkpoint of this project (it lacks 'config' and 'model')")
-    return content
-
-
 def load_model(run, device="cpu", data=None, weights=None):
     """The world model in a run's folder, in eval mode: one of ours, or one that DINO-WM released. The latter lacks its
     statistics, which come from the data set `data`, and its encoder, for which `build_encoder` takes `weights`."""
@@ -491,4 +480,4 @@ def load_model(run, device="cpu", data=None, weights=None):
         from lib.released import load_released_model
 
         return load_released_model(run, device, data, weights)
-    return WorldModel.load(run, device)
+    return WorldModel.from_pretrained(run, device)

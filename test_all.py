@@ -34,7 +34,7 @@ import timm
 import torch
 import torch._dynamo  # noqa: F401  (it loads triton, which crashes if Mesa's renderer has loaded its LLVM before)
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, kl_divergence
 from torchvision import models
@@ -876,8 +876,8 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(finished,
     assert ours == theirs  # and nothing is left over
     names = {path.name for path in finished.iterdir()}
     assert names >= {"data", "latents.npy", "test.json", "reconstructions.png", "dream.gif", "args.json"}
-    assert names >= {"held_out.json"}
-    assert names >= {f"{model}.{kind}" for model in ("vae", "rnn", "c_dream_tau1") for kind in ("pt", "csv")}
+    assert names >= {"held_out.json", "c_dream_tau1.pt"}
+    assert names >= {f"{model}.{kind}" for model in ("vae", "rnn", "c_dream_tau1") for kind in ("safetensors", "csv")}
     returns = json.loads((finished / "test.json").read_text())["returns"]
     assert len(returns["random"]["real"]) == len(returns["dream_tau1"]["dream"]) == 2
 
@@ -905,25 +905,25 @@ def test_iterations_build_on_each_other(tmp_path, monkeypatch, script, one_proce
     code, out, err = script("vae_mdnrnn", "iterate", "--iterations", 2, *flags)
     assert code == 0, err
     first, second = (tmp_path / f"iteration{i}" for i in (1, 2))
-    assert not means[0].any() and np.array_equal(means[1], common.load_tensors(first / "c_dream_tau1.pt")["params"])
-    for name, model in zip(("vae.pt", "rnn.pt"), begun[2:], strict=True):  # V and M go on
-        close(model, dict(common.load_tensors(first / name)["model"]), atol=0, rtol=0)
+    assert not means[0].any() and np.array_equal(means[1], load_file(first / "c_dream_tau1.safetensors")["params"])
+    for name, model in zip(("vae", "rnn"), begun[2:], strict=True):  # V and M go on
+        close(model, load_file(first / f"{name}.safetensors"), atol=0, rtol=0)
     before, after = (data.Dataset(path / "data") for path in (first, second))
     assert (before.meta["policy"], after.meta["policy"]) == ("hold", "C") and len(after) == 2 * len(before) == 12
     assert np.array_equal(after.frames[: len(before.frames)], before.frames)
-    assert common.load_tensors(second / "rnn.pt")["config"]["heads"] == "reward,action"
+    assert load_file(second / "rnn.safetensors").keys() >= {"heads.reward.weight", "heads.action.weight"}
     assert len((tmp_path / "iterations.csv").read_text().splitlines()) == 3
     assert "dream_tau1" in script("vae_mdnrnn", "test", *flags[:-1], second)[1]  # an iteration is a run of its own
 
 
-STEPS = [("train-v", "vae.pt"), ("train-v", "reconstructions.png"), ("train-m", "rnn.csv"), ("train-m", "rnn.pt")]
-STEPS += [("train-m", "held_out.json")]
-STEPS += [("train-c", "c_dream_tau1.pt"), ("test", "test.json"), ("test", "dream.gif")]
+STEPS = [("train-v", "vae.safetensors"), ("train-v", "reconstructions.png"), ("train-m", "rnn.csv")]
+STEPS += [("train-m", "rnn.safetensors"), ("train-m", "held_out.json"), ("train-c", "c_dream_tau1.pt")]
+STEPS += [("train-c", "c_dream_tau1.safetensors"), ("test", "test.json"), ("test", "dream.gif")]
 
 
 @pytest.mark.parametrize("step, file", STEPS)
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(step, file, wm_run, finished, monkeypatch):
-    for suffix in (Path(file).suffix, ".pt", ".csv"):
+    for suffix in (Path(file).suffix, ".pt", ".csv", ".safetensors"):
         (wm_run.path / file).with_suffix(suffix).unlink(missing_ok=True)
     with monkeypatch.context() as patch:
         no_room_for(patch, file)
@@ -932,28 +932,38 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(step, file, wm_
     assert wm_run(step)[0] == 0 and contents(wm_run.path) == contents(finished)
 
 
-V, M, C, Z, A = "vae.pt", "rnn.pt", "c_dream_tau1.pt", "latents.npy", "args.json"
+V, M, C, Z, A = "vae.safetensors", "rnn.safetensors", "c_dream_tau1.safetensors", "latents.npy", "args.json"
+FITNESS = "c_dream_tau1.pt"
 cut, keep = lambda path: os.truncate(path, 100), lambda path: None
 copy_of = lambda name: lambda path: shutil.copy(path.with_name(name), path)  # noqa: E731
 text = lambda content: lambda path: path.write_text(content)  # noqa: E731
 nans = lambda *shape: lambda path: np.save(path, np.full(shape, np.nan, np.float32))  # noqa: E731
-tensors = lambda change: lambda path: torch.save(change(torch.load(path)), path)  # noqa: E731
-no_number = tensors(lambda c: c | {"model": {name: w * math.nan for name, w in c["model"].items()}})
-no_weights = tensors(lambda c: c | {"params": c["params"] * math.inf})
-for_three_actions = tensors(lambda c: {"config": (m := wm.MDNRNN(4, 3, 8)).config, "model": m.state_dict()})
+tensors = lambda change: lambda path: save_file(change(load_file(path)), path)  # noqa: E731
+no_number = tensors(lambda state: {name: w * math.nan for name, w in state.items()})
+no_search = lambda path: torch.save(torch.load(path) | {"params": torch.full((26,), math.inf)}, path)  # noqa: E731
 WRONG = [
     ("train-v", "data/meta.json", [Path.unlink], "no data set at"),
     ("train-m", Z, [Path.unlink], "first run python vae_mdnrnn.py train-v --env pointmaze"),
     ("train-c", M, [Path.unlink], "first run python vae_mdnrnn.py train-m --env pointmaze"),
     ("test", C, [Path.unlink], "first run python vae_mdnrnn.py train-c --env pointmaze"),
-    ("train-v", V, [no_number], "vae.pt is damaged: encoder.0.weight holds numbers that are not finite"),
-    ("train-c", M, [no_number], "rnn.pt is damaged: lstm.weight_ih_l0 holds numbers that are not finite"),
-    ("train-c", C, [no_weights, copy_of(M)], C),
-    ("test", C, [no_weights, copy_of(M)], "does not hold the 26 weights of C"),
-    ("train-c", M, [cut, copy_of(Z), lambda path: torch.save([1], path)], "rnn.pt is damaged, or does not hold a dict"),
-    ("train-c", V, [tensors(lambda c: {"config": c["config"]})], "does not hold a model of this project"),
-    ("train-c", V, [copy_of(M)], "vae.pt does not fit the model"),
-    ("train-c", M, [tensors(lambda c: c | {"model": {}}), for_three_actions], "rnn.pt does not fit the model"),
+    ("train-v", V, [no_number], "vae.safetensors is damaged: encoder.0.weight holds numbers that are not finite"),
+    ("train-c", M, [no_number], "rnn.safetensors is damaged: lstm.weight_ih_l0 holds numbers that are not finite"),
+    (
+        "train-c",
+        FITNESS,
+        [no_search, lambda path: torch.save({}, path)],
+        "does not hold the search of a C of 26 weights",
+    ),
+    ("train-c", FITNESS, [copy_of(M)], "c_dream_tau1.pt is damaged, or does not hold a dict"),
+    ("test", C, [no_number, copy_of(M)], "does not hold the 26 weights of C"),
+    ("train-c", M, [cut, copy_of(Z), copy_of(FITNESS)], "rnn.safetensors is damaged, or is not a safetensors file"),
+    ("train-c", V, [copy_of(M)], "vae.safetensors does not fit the model"),
+    (
+        "train-c",
+        M,
+        [lambda path: save_file(wm.MDNRNN(4, 3, 8).state_dict(), path)],
+        "rnn.safetensors does not fit the model",
+    ),
     ("train-m", "rnn.unfinished.pt", [copy_of(M)], "rnn.unfinished.pt"),
     ("train-m", Z, [cut], "latents.npy is damaged"),
     ("train-m", Z, [nans(2, 48, 5), nans(2, 48, 4)], "latents.npy does not fit"),
@@ -962,7 +972,7 @@ WRONG = [
     ("train-m --m-steps 9", Z, [keep], "was begun with other flags (--m-steps 6)"),
     ("test --env takecover", Z, [keep], "was begun with other flags"),
     ("test --sizes z_dim=5,hidden=8", Z, [keep], "was begun with other flags"),
-    ("train-c --popsize 5", C, [keep], "was begun with {'popsize': 4"),
+    ("train-c --popsize 5", FITNESS, [keep], "was begun with {'popsize': 4"),
     ("iterate --tau 1 2", Z, [keep], "one --tau"),
 ]
 
@@ -972,7 +982,7 @@ WRONG = [
 def test_a_run_that_is_damaged_or_of_other_flags_is_refused(command, file, spoil, message, wm_run):
     step, *flags = command.split()
     spoil(wm_run.path / file)
-    made = {"train-v": V, "train-m": M, "train-c": C}.get(step, file)
+    made = {"train-v": V, "train-m": M, "train-c": FITNESS}.get(step, file)
     if made != file:
         (wm_run.path / made).unlink()  # so that there is something to do
     before = contents(wm_run.path)
@@ -1303,7 +1313,7 @@ def test_weights_come_from_a_repository_which_is_named_if_it_is_out_of_reach(mon
     import huggingface_hub as hub
 
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    answers = [(None, "are not here, and no network.*--weights PATH"), (404, "answers 404")]
+    answers = [(None, "is not here, and no network.*--weights PATH"), (404, "answers 404")]
     for code, match in answers + [(code, "is gated") for code in (401, 403)]:
         response = mock.Mock(status_code=code, headers={})
         error = hub.errors.HfHubHTTPError("", response=response) if code else OSError("no route")
@@ -1623,8 +1633,8 @@ CONFIGS += [{"sizes": 5}, {"sizes": {"width": -3}}, {"sizes": {"tau": 5}}, {"dec
 @pytest.mark.parametrize("options", KEPT, ids=lambda options: "-".join(map(str, options)))
 def test_a_checkpoint_comes_back_as_it_was(options, tmp_path):
     model = tiny_model(**options)
-    model.save(tmp_path)
-    again = predictor.WorldModel.load(tmp_path)
+    model.save_pretrained(tmp_path)
+    again = predictor.WorldModel.from_pretrained(tmp_path)
     assert again.config == model.config and again.world == WORLD and not again.training
     assert equal_states(again.state_dict(), model.state_dict()) and type(again.predictor) is type(model.predictor)
     assert (again.variant, again.proprio_dim, again.context) == (model.variant, model.proprio_dim, model.context)
@@ -1639,25 +1649,35 @@ class Malicious:
 
 def test_a_checkpoint_that_is_not_ours_is_refused_and_runs_nothing(tmp_path, monkeypatch, recwarn):
     monkeypatch.chdir(tmp_path)
-    tiny_model("rwm", "state").save(tmp_path)
-    path, whole, gru = Path("model.pt"), torch.load("model.pt", weights_only=True), "predictor.gru.weight_ih_l0"
-    config, state, damaged = whole["config"], whole["model"], "is damaged, or does not hold a dict"
+    tiny_model("rwm", "state").save_pretrained(tmp_path)
+    path, state, gru = Path("model.safetensors"), load_file("model.safetensors"), "predictor.gru.weight_ih_l0"
+    whole, damaged = path.read_bytes(), "is damaged, or is not a safetensors file"
     np.save("array.npy", np.zeros(3))
     for content, message in (
-        (path.read_bytes()[: path.stat().st_size // 2], damaged),
+        (whole[: len(whole) // 2], damaged),
         (Path("array.npy").read_bytes(), damaged),
         (pickle.dumps(Malicious(), protocol=2), damaged),
         (pickle.dumps(Malicious()), damaged),
-        ({"config": Malicious(), "model": {}}, damaged),
-        ({"state": 1}, "lacks 'config'"),
-        ({"config": {"frameskip": 5}, "model": {}}, "is not a checkpoint of this version .'action_mean'"),
-        *((whole | {"config": config | edit}, "is not a checkpoint of this version") for edit in CONFIGS),
-        (whole | {"config": config | {"sizes": {"width": 8}}}, "model.pt does not fit the model"),
-        (whole | {"model": state | {gru: state[gru] * math.nan}}, f"damaged: {gru} holds numbers that are not finite"),
+        (save({}), "is not a model of this version .'action_mean'"),
+        (save(state | {gru: state[gru] * math.nan}), f"damaged: {gru} holds numbers that are not finite"),
+        (save(state | {gru: state[gru][:-1]}), "model.safetensors does not fit the model"),
     ):
-        path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+        path.write_bytes(content)
         with refused(message):
-            predictor.WorldModel.load(tmp_path)
+            predictor.WorldModel.from_pretrained(tmp_path)
+    path.write_bytes(whole)
+    path, config = Path("config.json"), json.loads(Path("config.json").read_text())
+    other = [({"sizes": {"width": 8}}, "model.safetensors does not fit the model"), ({"world": 5}, "of this version")]
+    for edit, message in [*other, *((edit, "is not a model of this version") for edit in CONFIGS)]:
+        path.write_text(json.dumps(config | edit))
+        with refused(message):
+            predictor.WorldModel.from_pretrained(tmp_path)
+    path.write_text("[" * 100_000)
+    with refused("config.json is damaged"):
+        predictor.WorldModel.from_pretrained(tmp_path)
+    Path("model.pt").touch()
+    with refused("model.pt is of an older version: train it again"):
+        predictor.WorldModel.from_pretrained(tmp_path)
     assert not Path("pwned").exists() and not recwarn.list
 
 
@@ -1762,7 +1782,8 @@ def run(script):
 
 def test_a_training_writes_its_run_learns_and_is_not_done_twice(runs, run):
     assert {path.name for path in runs.iterdir()} == RUNS.keys()  # the paper's has the name that it gave itself
-    assert {path.name for path in (runs / "plain").iterdir()} == {"args.json", "model.pt", "log.csv", "curves.png"}
+    written = {"args.json", "config.json", "model.safetensors", "log.csv", "curves.png"}
+    assert {path.name for path in (runs / "plain").iterdir()} == written
     for name in RUNS:
         log = np.genfromtxt(runs / name / "log.csv", delimiter=",", names=True)
         columns = "epoch train val val_visual val_proprio copy" + " val_rollout" * (name in ("vit", "rwm", "ac"))
@@ -1774,7 +1795,7 @@ def test_a_training_writes_its_run_learns_and_is_not_done_twice(runs, run):
 
 def test_a_decoder_changes_nothing_and_shows_what_is_imagined(runs):
     """The transition model is bit for bit the one that is trained without."""
-    plain, seeing = (predictor.load_checkpoint(runs / name)["model"] for name in ("plain", "seeing"))
+    plain, seeing = (load_file(runs / name / "model.safetensors") for name in ("plain", "seeing"))
     assert equal_states(plain, {name: seeing[name] for name in plain})
     log = np.genfromtxt(runs / "seeing" / "log.csv", delimiter=",", names=True)
     assert log["recon"][1] < log["recon"][0] and (log["recon_pred"] > 0).all() and np.isfinite(log["ssim"]).all()
@@ -1801,7 +1822,7 @@ def test_training_starts_from_a_released_predictor(workplace, run):
         torch.save({"predictor": {k: v for k, v in state.items() if not k.startswith("state_head")}}, file)
     run(f"train {AC} --predictor-weights robot.pt", "2 of another shape, e.g. action_encoder.weight")
     run(f"train {AC} --lr 1e-12 --predictor-weights fits.pt --name fits")
-    after = predictor.load_checkpoint("runs/fits")["model"]
+    after = load_file("runs/fits/model.safetensors")
     for name, tensor in torch.load("fits.pt")["predictor"].items():
         close(after[f"predictor.{name}"], tensor)  # it has hardly moved
 
@@ -1811,14 +1832,15 @@ def test_a_model_is_written_after_its_log_and_looked_at_before_its_training_goes
 ):
     monkeypatch.setattr(common, "write_csv", mock.Mock(side_effect=(None, KeyboardInterrupt)))
     assert script("train", *TINY.split(), "--name", "tiny")[0] == 130
-    unfinished, bias = predictor.load_checkpoint("runs/tiny"), "predictor.norm.bias"
+    path, bias = "runs/tiny/model.unfinished.pt", "predictor.norm.bias"
+    unfinished = torch.load(path)
     assert len(unfinished["log"]) == 1  # and not two
     nan = {"model": unfinished["model"] | {bias: unfinished["model"][bias] * math.nan}}
     for broken, message in (
-        ({"optimizer": {}}, "model.pt does not go on with this version: remove runs/tiny"),
-        (nan, f"model.pt is damaged: {bias} holds numbers that are not finite"),
+        ({"optimizer": {}}, "model.unfinished.pt does not go on with this version: remove runs/tiny"),
+        (nan, f"model.unfinished.pt is damaged: {bias} holds numbers that are not finite"),
     ):
-        torch.save(unfinished | broken, "runs/tiny/model.pt")
+        torch.save(unfinished | broken, path)
         run(f"train {TINY} --name tiny", message)
 
 
@@ -1850,7 +1872,7 @@ def test_a_training_that_is_killed_at_any_moment_resumes_bit_for_bit_and_leaves_
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     assert int(re.search(r"(\d) killed", result.stdout)[1]) > 1 and "going on after epoch" in result.stdout
-    whole, killed = (predictor.load_checkpoint(f"runs/{name}")["model"] for name in ("whole", "killed"))
+    whole, killed = (load_file(f"runs/{name}/model.safetensors") for name in ("whole", "killed"))
     assert equal_states(whole, killed)
     assert not list(Path().rglob(".*")) and len(list(Path("datasets/pointmaze").glob("tokens_*"))) == 1
     assert {path.name for path in Path("runs/killed").iterdir()} == {path.name for path in Path("runs/whole").iterdir()}
@@ -1872,7 +1894,7 @@ def some_states(env, count):
 
 
 def test_plan_reports_success_intervals_and_controls_and_repeats_itself(runs, run):
-    os.utime(runs / "vit" / "model.pt")  # the newest run is the default
+    os.utime(runs / "vit" / "model.safetensors")  # the newest run is the default
     budget = f"--n-evals 3 --seed 0 1 --max-iter 2 {SEARCH}"
     run(f"plan {budget} --baselines random,oracle")
     first, films = results("vit"), [f"problem_{i}.gif" for i in range(plan.FILMS)]
@@ -2108,7 +2130,7 @@ train --sizes concat_dim=0 --variant paper                | wants proprio (0) an
 train --decoder vq                                        | a frame has one token: use --decoder plain
 train --name ..                                           | --name .. is not a folder below runs/: choose another --name
 train --name /tmp/abs                                     | --name /tmp/abs is not a folder below runs/
-plan --ckpt missing                                       | no checkpoint at missing/model.pt
+plan --ckpt missing                                       | no model at missing: train one
 plan                                                      | no trained model under runs/
 plan --ckpt datasets/pointmaze --name .                   | --name . is not a folder below plan_outputs/
 """
@@ -2187,4 +2209,4 @@ def test_a_validation_loss_that_is_not_finite_stops_the_training(workplace, run,
         tokens[dataset.rows(dataset.split()[1])[0]] = value
         np.save(path, tokens)
         assert_refused(script("train", *TINY.split(), "--name", "new"), "not finite")
-        assert not Path("runs/new/model.pt").exists()
+        assert not Path("runs/new/model.safetensors").exists()

@@ -15,9 +15,9 @@ steps are drawn, and the transition model learns to predict the next latents (`W
     python train.py --system dreamer                 # another world model, with eyes of its own (lib/systems.py)
     torchrun --nproc-per-node 8 train.py --encoder dinov2    # on eight GPUs, with the same global batch
 
-Writes runs/NAME/: args.json, model.pt, log.csv, curves.png; with a decoder imagined.png and imagined.gif. A run that
-was interrupted goes on from its last epoch when the same command is given again, and ends bit for bit (on the CPU)
-where it would have.
+Writes runs/NAME/: args.json, config.json and model.safetensors (the model), log.csv, curves.png; with a decoder
+imagined.png and imagined.gif. A run that was interrupted goes on from its last epoch when the same command is given
+again, and ends bit for bit (on the CPU) where it would have.
 """
 
 import math
@@ -33,7 +33,7 @@ from encoders import build_encoder
 from lib import common, pictures, processes
 from lib.common import RANK, WORLD_SIZE, UserError, positive, tqdm
 from lib.systems import SYSTEM_SIZES, SYSTEMS, system_args, system_class
-from predictor import LAPTOP, PREDICTORS, SIZES, WorldModel, load_checkpoint, untrained_model
+from predictor import LAPTOP, PREDICTORS, SIZES, WorldModel, untrained_model
 
 FIT_FRAMES = 20_000  # how many training frames are shown to an encoder that is fitted
 DECODER_LR = 3e-4  # Adam's, as released
@@ -55,12 +55,13 @@ def train(args):
 
     # a run that is there goes on with the flags that it was begun with
     resumed, flags = None, {name: value for name, value in vars(args).items() if name not in ("device", "bench")}
-    if (directory / "model.pt").exists():
-        resumed = load_checkpoint(directory, device)
+    unfinished = directory / "model.unfinished.pt"
+    if unfinished.exists() or (directory / "model.safetensors").exists():
         common.same_flags(directory, flags)
-        if "optimizer" not in resumed:
+        if not unfinished.exists():
             print(f"{directory} is trained already: python plan.py --ckpt {directory}, or choose another --name")
             return
+        resumed = common.load_tensors(unfinished, device)
 
     # the encoder, which a system brings along; the data, and the windows
     torch.manual_seed(args.seed)
@@ -114,13 +115,13 @@ def train(args):
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, total_steps))
     log = []
     if resumed is not None:
-        common.load_state(model, resumed["model"], directory / "model.pt")
+        common.load_state(model, resumed.get("model"), unfinished)
         try:
             optimizer.load_state_dict(resumed["optimizer"])
             schedule.load_state_dict(resumed["schedule"])
             log = resumed["log"]
         except (KeyError, RuntimeError, ValueError):
-            raise UserError(f"{directory}/model.pt does not go on with this version: remove {directory}") from None
+            raise UserError(f"{unfinished} does not go on with this version: remove {directory}") from None
         print(f"{directory}: going on after epoch {len(log)} of {epochs}")
     step = DistributedDataParallel(model) if WORLD_SIZE > 1 else model  # all processes begin as the first one is
     tokens = dataset.frames if system else data.token_cache(encoder, dataset, device)
@@ -160,8 +161,12 @@ def train(args):
         common.write_csv(directory / "log.csv", log)
         styles = {"train": "-", "val": "-", "copy": ":"}
         pictures.write_log_plot(directory / "curves.png", log, "epoch", styles, ylabel="latent error", yscale="log")
-        unfinished = dict(optimizer=optimizer.state_dict(), schedule=schedule.state_dict(), log=log)
-        model.save(directory, **(unfinished if epoch + 1 < epochs else {}))
+        if epoch + 1 < epochs:
+            states = {"model": model, "optimizer": optimizer, "schedule": schedule}
+            states = {name: part.state_dict() for name, part in states.items()}
+            common.save_tensors(unfinished, {**states, "log": log})
+        model.save_pretrained(directory)
+    common.remove(unfinished)
     bar.close()
     print(f"{directory}: next-latent error {log[-1]['val_visual']:.4f}, copying the last frame {log[-1]['copy']:.4f}")
     print(f"plan with it: python plan.py --ckpt {directory}")

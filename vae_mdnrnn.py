@@ -34,7 +34,7 @@ import data
 from lib import common, pictures, processes
 from lib.common import RANK, WORLD_SIZE, UserError, bfloat16, fit, to_frames, to_tensor, tqdm
 from lib.decoders import OnePixelDeconv
-from lib.recipes import RUN_FLAGS, c_names, first_held_out, load_controller, load_data, need, parse_args
+from lib.recipes import RUN_FLAGS, c_names, first_held_out, load_data, load_search, need, parse_args
 from lib.worlds import BATCH, DreamEnv, EpisodePool, play_alone
 
 # ---- V: what is seen, in few numbers -------------------------------------------------------------
@@ -131,7 +131,7 @@ def train_vae(
             recon, mu, logvar = (out.float() for out in vae(x))
         return {"loss": vae_loss(recon, x, mu, logvar, beta, kl_tolerance, weight), "recon": F.mse_loss(recon, x)}
 
-    return fit(vae, loss, steps, lr, seed, "train V", path, {"z_dim": vae.z_dim})
+    return fit(vae, loss, steps, lr, seed, "train V", path)
 
 
 # ---- M: what happens next ------------------------------------------------------------------------
@@ -149,8 +149,6 @@ class MDNRNN(nn.Module):
 
     def __init__(self, z_dim, action_dim, hidden=256, n_mix=5, mixture="vector", heads="", restart=False):
         super().__init__()
-        self.config = dict(z_dim=z_dim, action_dim=action_dim, hidden=hidden, n_mix=n_mix, mixture=mixture)
-        self.config |= dict(heads=heads, restart=restart)
         self.z_dim, self.action_dim, self.hidden, self.n_mix, self.restart = z_dim, action_dim, hidden, n_mix, restart
         self.groups = {"vector": 1, "dimension": z_dim}[mixture]
         self.lstm = nn.LSTM(z_dim + action_dim + restart, hidden, batch_first=True)
@@ -242,7 +240,7 @@ def train_mdnrnn(rnn, latents, dataset, episodes, steps, batch_size=8, lr=1e-3, 
         batch = episodes[order[max(0, first) : first + batch_size]]
         return mdnrnn_loss(rnn, *whole_episodes(latents, dataset, batch, rnn.mdn.weight.device))
 
-    return fit(rnn, loss, steps, lr, seed, "train M", path, rnn.config, clip=1.0)
+    return fit(rnn, loss, steps, lr, seed, "train M", path, clip=1.0)
 
 
 @torch.inference_mode()
@@ -418,7 +416,7 @@ def evolve(scores, mean, path, popsize, trials, steps, score_trials, sigma0=0.1,
     es = cma.CMAEvolutionStrategy(mean, sigma0, {"popsize": popsize, "seed": seed + 1, "verbose": -9})
     best = dict(score=-math.inf, params=torch.tensor(mean, dtype=torch.float32), fitness=[], log=[], begun=begun)
     if path.exists():
-        best = load_controller(path, len(mean), begun)
+        best = load_search(path, len(mean), begun)
     for values in best["fitness"]:
         es.tell(es.ask(), [-f for f in values])
     log = best["log"]
@@ -447,6 +445,7 @@ def evolve(scores, mean, path, popsize, trials, steps, score_trials, sigma0=0.1,
         bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k != "agreement"})
         if RANK == 0:
             common.write_csv(path.with_suffix(".csv"), log)
+            common.save_safetensors(path.with_suffix(".safetensors"), {"params": best["params"]})
             common.save_tensors(path, best)
     return best
 
@@ -480,9 +479,9 @@ def train_v(args):
     torch.manual_seed(args.seed)
     vae = VAE(args.z_dim).to(args.device)
     if args.previous:
-        common.load_fitted(vae, args.previous.run / "vae.pt")
+        common.load_fitted(vae, args.previous.run / "vae.safetensors")
     flags = dict(lr=args.lr, beta=args.beta, focus=args.focus, seed=args.seed, half=True)
-    train_vae(vae, frames[:seen], args.v_steps, path=args.run / "vae.pt", **flags)
+    train_vae(vae, frames[:seen], args.v_steps, path=args.run / "vae.safetensors", **flags)
     with torch.inference_mode():
         if not latents.exists():
             chunks = (frames[i : i + 500] for i in tqdm(range(0, len(frames), 500), desc="encode"))
@@ -503,9 +502,10 @@ def train_m(args):
     torch.manual_seed(args.seed)
     rnn = make_rnn(args, args.heads).to(args.device)
     if args.previous:
-        common.load_fitted(rnn, args.previous.run / "rnn.pt")
+        common.load_fitted(rnn, args.previous.run / "rnn.safetensors")
     seen, held = np.split(np.arange(len(dataset)), [first_held_out(dataset)])
-    train_mdnrnn(rnn, latents, dataset, seen, args.m_steps, lr=args.lr, seed=args.seed, path=args.run / "rnn.pt")
+    path = args.run / "rnn.safetensors"
+    train_mdnrnn(rnn, latents, dataset, seen, args.m_steps, lr=args.lr, seed=args.seed, path=path)
     losses = held_out_losses(rnn, latents, dataset, held)
     common.write_json(args.run / "held_out.json", losses)
     print(f"M, held out: {', '.join(f'{name} {value:.4f}' for name, value in losses.items())}")
@@ -536,7 +536,7 @@ def test(args):
     """5. Return over --test-episodes real episodes, and as many dreams, of a random policy, of a C that is 0 and of
     every trained C. A dream is to be believed if it grants each C what the real environment does."""
     vae, rnn, controller = load_models(args)
-    there = [path.stem.removeprefix("c_") for path in sorted(args.run.glob("c_*.pt"))]
+    there = [path.stem.removeprefix("c_") for path in sorted(args.run.glob("c_*.safetensors"))]
     found = {name: load_c(args, name) for name in there or c_names(args)}
     players = {"random": "uniform", "zero": np.zeros(controller.num_params, np.float32), **found}
     first, results = 777_000_000 + args.seed * 1_000, {}
@@ -598,11 +598,11 @@ def bench(args):
 
 def load_models(args):
     """V and M as they were trained, and C's form."""
-    vae = common.load_fitted(VAE(args.z_dim), need(args, "vae.pt", "train-v")).requires_grad_(False)
+    vae = common.load_fitted(VAE(args.z_dim), need(args, "vae.safetensors", "train-v")).requires_grad_(False)
     vae.encoder.to(memory_format=torch.channels_last)  # as the frames are: the same z, and a third less time
-    path = need(args, "rnn.pt", "train-m")
-    heads = (common.load_tensors(path).get("config") or {}).get("heads", "")  # iterate gives M more of them
-    rnn = common.load_fitted(make_rnn(args, heads), path).requires_grad_(False)
+    path = need(args, "rnn.safetensors", "train-m")
+    heads = {name.split(".")[1] for name in common.load_safetensors(path) if name.startswith("heads.")}
+    rnn = common.load_fitted(make_rnn(args, ",".join(sorted(heads))), path).requires_grad_(False)
     return vae, rnn, make_controller(args)
 
 
@@ -623,8 +623,11 @@ def make_dream(args, rnn, name):
 
 def load_c(args, name):
     """C's weights (n,) float32."""
-    path = need(args, f"c_{name}.pt", "train-c")
-    return load_controller(path, make_controller(args).num_params)["params"].numpy()
+    path, size = need(args, f"c_{name}.safetensors", "train-c"), make_controller(args).num_params
+    params = common.load_safetensors(path).get("params", torch.zeros(0))
+    if params.shape != (size,) or not params.isfinite().all():
+        raise UserError(f"{path} does not hold the {size} weights of C: remove it, and give train-c again")
+    return params.float().numpy()
 
 
 def make_agents(args):

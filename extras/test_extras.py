@@ -81,7 +81,7 @@ def test_horizon_error_of_the_truth_is_zero(monkeypatch):
 
 def test_runs_of_different_worlds_have_no_common_horizon(workplace, script):
     for name, frameskip in (("a", 5), ("b", 1)):
-        state_model(frameskip).save(f"runs/{name}")
+        state_model(frameskip).save_pretrained(f"runs/{name}")
     code, _, err = script("extras.horizon", "--ckpt", "runs/a", "runs/b", "--steps", 3)
     assert code == 2 and "only runs of one environment, --img-size and --frameskip can be compared" in err
     assert not (workplace / "plan_outputs").exists()
@@ -137,7 +137,7 @@ def test_the_study_measures_every_run_once(workplace, script, here):
         controls = json.loads((root / f"pointmaze_controls_{seed}" / "study.json").read_text())
         assert list(controls) == ["random", "oracle"] and all(len(rates) == 2 for rates in controls.values())
 
-    stamps = {path: path.stat().st_mtime_ns for path in [*root.glob("*/study.json"), *root.glob("*/model.pt")]}
+    stamps = {path: path.stat().st_mtime_ns for path in [*root.glob("*/study.json"), *root.glob("*/model.safetensors")]}
     lost = root / "pointmaze_pca_1" / "study.json"
     lost.unlink()
     more = "--encoder", "pca,patches", "--curve", "pca"  # goes on, with one encoder more, and with a curve
@@ -229,7 +229,7 @@ def test_frames_of_pointmaze_come_in_clips(monkeypatch):
         ("representation --topk 100", "--topk 100 must lie between 2 and --num-samples 64"),
         ("representation --name ..", "is not a folder below runs/"),
         ("horizon", "no trained model under runs/"),
-        ("horizon --ckpt a b", "no checkpoint at a/model.pt"),
+        ("horizon --ckpt a b", "no model at a: train one"),
         ("horizon --ckpt a --steps 0", "0 is not a whole number of at least 1"),
         ("tokens --encoders patches,x", "unknown x; known: pca"),
         ("tokens --encoders state", "unknown state; known: pca"),

@@ -19,6 +19,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -307,6 +308,20 @@ def load_tensors(path, device="cpu", kind=dict, **options):
     return content
 
 
+def save_safetensors(path, tensors):
+    """Writes tensors by name in the form that the Hugging Face hub uses, which holds nothing that could be executed."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomic(path, safetensors.torch.save(tensors, {"format": "pt"}))
+
+
+def load_safetensors(path, device="cpu"):
+    """The tensors of a safetensors file by name. UserError if it is missing, unreadable or damaged."""
+    tensors = read(path, lambda path: safetensors.torch.load_file(path, str(device)))
+    if tensors is None:
+        raise UserError(f"{path} is damaged, or is not a safetensors file")
+    return tensors
+
+
 def load_state(model, state, path):
     """Loads a `state_dict` that was read from `path`. UserError if it is of other sizes or not finite."""
     try:
@@ -339,12 +354,12 @@ def bfloat16(device, wanted=True):
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted and has_bfloat16(device.type))
 
 
-def fit(model, loss, steps, lr, seed, name, path=None, config=None, clip=None):
+def fit(model, loss, steps, lr, seed, name, path=None, clip=None):
     """Fits `model` in place by `steps` steps of Adam on `loss()["loss"]`. The learning rate follows a cosine.
 
-    With a `path` the model is kept there when it is done, with its `config`, for `load_fitted`; and a run that was
-    killed goes on. Its weights end as if it had not been killed, because step n draws from a generator seeded by
-    (seed, n) alone. A .csv of the losses is written beside the model.
+    With a `path`, a .safetensors, the model is kept there when it is done, for `load_fitted`; and a run that was killed
+    goes on. Its weights end as if it had not been killed, because step n draws from a generator seeded by (seed, n)
+    alone. A .csv of the losses is written beside the model.
     """
     # Adam comes first even if it is not needed: it loads Triton, which crashes once a renderer has loaded Mesa's LLVM.
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
@@ -378,16 +393,14 @@ def fit(model, loss, steps, lr, seed, name, path=None, config=None, clip=None):
             saved_at = time.monotonic()
     if path:
         write_csv(path.with_suffix(".csv"), log)
-        save_tensors(path, {"config": config, "model": model.state_dict()})
+        save_safetensors(path, model.state_dict())
         remove(unfinished)
     return model.eval()
 
 
 def load_fitted(model, path):
     """Loads what `fit` kept in `path` into `model`, and returns it in eval mode."""
-    saved = load_tensors(path)
-    if "model" not in saved:
-        raise UserError(f"{path} does not hold a model of this project: remove it, and train it again")
+    state = load_safetensors(path)
     remove(path.with_suffix(".unfinished.pt"))  # still there if a process was killed just before removing it
-    load_state(model, saved["model"], path)
+    load_state(model, state, path)
     return model.eval()

@@ -239,10 +239,10 @@ class IRIS(System):
             tokens = torch.cat([tokens, torch.stack(written, 2)], 1)
         return self.latents(tokens)
 
-    def save(self, directory, **extra):
+    def save_pretrained(self, directory):
         if self.used < 0.05:
             print(f"{directory}: {self.used:.0%} of the codes are in use, the codebook has died: try another --seed")
-        super().save(directory, **extra)
+        super().save_pretrained(directory)
 
     def decode(self, visual):
         """Codes (B, T, K, d) -> frames (B, T, H, W, 3) uint8."""

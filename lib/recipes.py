@@ -101,13 +101,13 @@ def load_data(args):
     return dataset, latents
 
 
-def load_controller(path, size, begun=None):
-    """What `evolve` keeps in `path`, for a C of `size` weights. If its search goes on, it has to be as it was begun."""
+def load_search(path, size, begun):
+    """What `evolve` keeps in `path`, for a C of `size` weights. A search goes on as it was `begun`."""
     best = common.load_tensors(path)
     params = best.get("params")
     if not {"begun", "fitness", "log", "score"} <= best.keys() or len(params) != size or not params.isfinite().all():
-        raise UserError(f"{path} does not hold the {size} weights of C: remove it, and give train-c again")
-    if begun and best["begun"] != begun:
+        raise UserError(f"{path} does not hold the search of a C of {size} weights: remove it, and give train-c again")
+    if best["begun"] != begun:
         raise UserError(f"{path} was begun with {best['begun']} and not {begun}: remove it, or give these flags")
     return best
 

@@ -241,7 +241,7 @@ def main():
         model = load_released_model(args.path, "cpu", args.data, args.weights)
         with common.partial(args.convert, folder=True) as folder:
             common.write_json(folder / "args.json", {"released": str(args.path)})
-            model.save(folder)
+            model.save_pretrained(folder)
         print(f"{args.path} is converted: python plan.py --ckpt {args.convert}")
     elif (args.path / "obses").exists() or (args.path / "seq_lengths.pth").exists():
         inspect(ReleasedDataset(args.path))

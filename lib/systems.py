@@ -91,4 +91,4 @@ class System(nn.Module):
         loss, _ = self.loss(batch)
         return loss, loss.detach()
 
-    save = WorldModel.save
+    save_pretrained = WorldModel.save_pretrained

@@ -166,7 +166,7 @@ def test_a_dead_codebook_is_one_line(tmp_path, capsys):
     model = build("iris", codes=64).eval()
     model.autoencoder.codes.weight.data[:, 0] = torch.arange(64) * 100  # only the first is near
     _, parts = model.loss(some_batch(2, 7))
-    model.save(tmp_path)
+    model.save_pretrained(tmp_path)
     (line,) = capsys.readouterr().out.splitlines()
     assert parts["used"] == 1 / 64 and "2% of the codes are in use, the codebook has died" in line
 

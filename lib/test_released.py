@@ -233,7 +233,12 @@ def test_a_released_run_plans_at_once_or_converted(released_run, script):
     assert code == 0 and "predictor.blocks.1.0.to_qkv.weight" in out and "depth: 2" in out
     refused(script("lib.released", run, "--weights", "random", "--convert", "runs/pm"), "runs/pm is there: remove it")
     refused(script("lib.released", "runs/pm", "--convert", "runs/again"), "runs/pm/hydra.yaml is missing")
-    assert sorted(path.name for path in Path("runs").rglob("*")) == ["args.json", "model.pt", "pm"]
+    assert sorted(path.name for path in Path("runs").rglob("*")) == [
+        "args.json",
+        "config.json",
+        "model.safetensors",
+        "pm",
+    ]
 
 
 def test_a_run_that_does_not_normalise_has_no_statistics(released_run):

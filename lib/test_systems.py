@@ -14,7 +14,6 @@ import torch
 
 import data
 import plan
-import predictor
 import train
 from lib import common, dreamer, pictures, systems, tdmpc2
 from lib.common import UserError
@@ -224,7 +223,7 @@ def command(name, more=""):
 def test_each_system_trains_goes_on_where_it_was_interrupted_and_plans(workplace, script, monkeypatch, name):
     assert script("train", *command(name))[0] == 0
     run = Path(f"runs/pointmaze_{name}")
-    written = {"args.json", "model.pt", "log.csv", "curves.png", "imagined.png", "imagined.gif"}
+    written = {"args.json", "config.json", "model.safetensors", "log.csv", "curves.png", "imagined.png", "imagined.gif"}
     assert {path.name for path in run.iterdir()} == written
     log = np.genfromtxt(run / "log.csv", delimiter=",", names=True)
     assert {"train", "val", "val_visual", "copy", "psnr"} < {*log.dtype.names} and np.isfinite(log.tolist()).all()
@@ -237,7 +236,7 @@ def test_each_system_trains_goes_on_where_it_was_interrupted_and_plans(workplace
     assert common.write_csv is write_csv
     code, out, _ = script("train", *command(name, "--name again"))
     assert code == 0 and "going on after epoch 1 of 2" in out
-    whole, again = (predictor.load_checkpoint(path)["model"] for path in (run, "runs/again"))
+    whole, again = (common.load_safetensors(path / "model.safetensors") for path in (run, Path("runs/again")))
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
     search = "--num-samples 4 --topk 2 --opt-steps 1 --planner-args keep=1 --planner mpc-icem"
@@ -248,7 +247,7 @@ def test_each_system_trains_goes_on_where_it_was_interrupted_and_plans(workplace
 
 
 def test_a_system_that_plans_without_a_cost_is_asked_for_actions(workplace, script, monkeypatch):
-    build("lewm").save("runs/own")
+    build("lewm").save_pretrained("runs/own")
     asked = []
 
     def actions(model, worlds, problems, steps):
@@ -280,7 +279,7 @@ def test_a_system_that_plans_without_a_cost_is_asked_for_actions(workplace, scri
 def test_what_a_user_gets_wrong_is_one_line(workplace, script, flags, message):
     write_dataset("short", rows=5)
     write_dataset("small", rows=10, img_size=24)
-    build("lewm").save("runs/other", optimizer={})
+    build("lewm").save_pretrained("runs/other")
     begun = vars(train.get_args("--system lewm --name other --seed 1".split()))
     common.write_json("runs/other/args.json", {k: v for k, v in begun.items() if k not in ("device", "bench")})
     before = sorted(Path().rglob("*"))
@@ -295,13 +294,13 @@ def test_a_system_trains_in_one_process(monkeypatch):
 
 
 def test_a_damaged_checkpoint_and_waypoints_are_refused(workplace, script):
-    build("dreamer").save("runs/own")
+    build("dreamer").save_pretrained("runs/own")
     assert_refused(script("plan", *"--ckpt runs/own --waypoints graph".split()), "wants a model with a frozen encoder")
-    content = predictor.load_checkpoint("runs/own")
+    config = common.read_json("runs/own/config.json")
     for change, message in (
         ({"system": "dino"}, "unknown system 'dino'"),
-        ({"world": content["config"]["world"] | {"img_size": 32}}, "does not fit the model that is asked for"),
-        ({"sizes": {"depth": 2}}, "is not a checkpoint of this version"),
+        ({"world": config["world"] | {"img_size": 32}}, "does not fit the model that is asked for"),
+        ({"sizes": {"depth": 2}}, "is not a model of this version"),
     ):
-        torch.save(content | {"config": content["config"] | change}, "runs/own/model.pt")
+        common.write_json("runs/own/config.json", config | change)
         assert_refused(script("plan", "--ckpt", "runs/own"), message)

@@ -10,10 +10,8 @@ import huggingface_hub as hub
 import torch
 import torch.nn.functional as F
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from lib.common import DISK_ERRORS, UserError, check_finite, load_tensors
+from lib.common import DISK_ERRORS, UserError, check_finite, load_safetensors, load_tensors
 
 
 def load_weights(model, weights, repository, names):
@@ -26,10 +24,7 @@ def load_weights(model, weights, repository, names):
         raise UserError("R3M's weights are on no hub: download model.pt as R3M's README says, and give --weights PATH")
     state = {}
     for path in weight_files(weights or repository):
-        try:  # neither way of loading executes a pickle
-            state |= load_file(path) if path.suffix == ".safetensors" else load_tensors(path)
-        except SafetensorError:
-            raise UserError(f"{path} is damaged, or is not a safetensors file") from None
+        state |= load_safetensors(path) if path.suffix == ".safetensors" else load_tensors(path)
     load_renamed(model, state, names, path)
 
 
@@ -80,9 +75,9 @@ def are_here(source):
     return isinstance(source and hub.try_to_load_from_cache(source, "model.safetensors"), str)
 
 
-def download(repository):
-    """The local path of the model.safetensors of a Hugging Face repository, from the cache or the network."""
-    file, advice = (repository, "model.safetensors"), "download model.safetensors elsewhere and give --weights PATH"
+def download(repository, name="model.safetensors", flag="--weights PATH"):
+    """The local path of a file of a Hugging Face repository, from the cache or the network."""
+    file, advice = (repository, name), f"download {name} elsewhere and give {flag}"
     try:
         if isinstance(path := hub.try_to_load_from_cache(*file), str):
             return path
@@ -96,7 +91,20 @@ def download(repository):
     except Exception as error:  # its type depends on the version of huggingface_hub
         if getattr(error, "errno", None) in DISK_ERRORS:
             raise
-        raise UserError(f"the weights {repository} are not here, and no network reaches them: {advice}") from None
+        raise UserError(f"{repository} is not here, and no network reaches it: {advice}") from None
+
+
+def model_folder(run):
+    """The folder of a trained model: that of a run, or of the copy of a Hugging Face repository, USER/NAME."""
+    folder = Path(run)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(run)) and not (folder.exists() or folder.parent.exists()):
+        files = [download(str(run), name, "its folder as --ckpt") for name in ("config.json", "model.safetensors")]
+        return Path(files[0]).parent
+    if (folder / "model.pt").exists():
+        raise UserError(f"{folder}/model.pt is of an older version: train it again")
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(f"no model at {folder}: train one with python train.py, or give --ckpt runs/NAME")
+    return folder
 
 
 # DINOv2 and DINOv3, from transformers' names to the original ones

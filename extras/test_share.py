@@ -1,0 +1,107 @@
+"""The claims of extras/share.py and of models in the hub's form."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub as hub
+import pytest
+import torch
+
+import plan
+import train
+from lib import weights
+from predictor import WorldModel, load_model
+from test_all import SMALL, assert_refused, run_all
+
+TINY = "--sizes depth=1,heads=2,mlp_dim=16 --epochs 1"
+
+
+@pytest.fixture
+def run_folder(workplace):
+    """A folder with a run that is trained and planned with."""
+    train.train(train.get_args([*TINY.split(), "--name", "tiny"]))
+    return workplace
+
+
+def imagined(folder):
+    """What the model in a folder imagines for the same latents and actions."""
+    torch.manual_seed(0)
+    model = WorldModel.from_pretrained(folder)
+    z = model.encode({"visual": torch.rand(2, 1, 1, model.encoder.dim), "proprio": torch.rand(2, 1, 4)})
+    return model.rollout(z, torch.rand(2, 5, model.action_dim))
+
+
+class Hub:
+    """Takes the place of the hub: it keeps what is committed in a folder, and gives it back."""
+
+    def __init__(self, folder, patch):
+        self.folder = folder
+        patch.setattr(hub, "create_repo", lambda repository, **_: None)
+        patch.setattr(hub, "create_commit", self.commit)
+        patch.setattr(hub, "try_to_load_from_cache", lambda *_: None)
+        patch.setattr(hub, "get_hf_file_metadata", lambda *_, **__: None)
+        patch.setattr(hub, "hf_hub_download", lambda repository, name: str(folder / repository / name))
+
+    def commit(self, repository, parts, commit_message):
+        (self.folder / repository).mkdir(parents=True)
+        for part in parts:
+            content = part.path_or_fileobj
+            content = content if isinstance(content, bytes) else Path(content).read_bytes()
+            (self.folder / repository / part.path_in_repo).write_bytes(content)
+
+
+def test_a_model_that_is_shared_plans_as_before_bit_for_bit(run_folder, script, monkeypatch):
+    search = "--n-evals 3 --num-samples 10 --topk 4 --opt-steps 2 --max-iter 2".split()
+    assert script("plan", *search)[0] == 0
+    Hub(run_folder / "hub", monkeypatch)
+    code, out, err = script("extras.share", "runs/tiny", "someone/tiny")
+    assert code == 0 and "someone/tiny has 5 files" in out, err
+    shared = run_folder / "hub" / "someone" / "tiny"
+    card = (shared / "README.md").read_text()
+    assert "python train.py --sizes depth=1,heads=2,mlp_dim=16 --epochs 1 --name tiny" in card
+    assert "python plan.py --ckpt someone/tiny" in card and "| `mpc-icem` | 2 × 10 candidates" in card
+    assert card.startswith("---\nlicense: mit\n")
+    assert script("plan", "--ckpt", "someone/tiny", "--name", "again", *search)[0] == 0
+    before, after = (json.loads((Path("plan_outputs") / n / "results.json").read_text()) for n in ("tiny", "again"))
+    assert before["success_by_iter"] == after["success_by_iter"]
+    program = "import torch; from extras.test_share import imagined; torch.set_num_threads(1); "
+    program += f"torch.save(imagined({str(shared)!r}), 'imagined.pt')"
+    subprocess.run([sys.executable, "-c", program], check=True, env={"PYTHONPATH": str(Path(plan.__file__).parent)})
+    here, elsewhere = imagined("runs/tiny"), torch.load("imagined.pt")
+    assert all(torch.equal(here[name], elsewhere[name]) for name in here)
+
+
+def test_v_m_and_c_are_shared(tmp_path, script, monkeypatch):
+    run_all(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    Hub(tmp_path / "hub", monkeypatch)
+    code, _, err = script("extras.share", "run", "someone/dreams")
+    assert code == 0, err
+    shared = tmp_path / "hub" / "someone" / "dreams"
+    assert {path.name for path in shared.iterdir()} > {"README.md", "vae.safetensors", "c_dream_tau1.safetensors"}
+    card = (shared / "README.md").read_text()
+    assert "vae_mdnrnn.py all --env pointmaze --max-steps 8 --episodes 6" in card
+    assert "| dream_tau1 | real | " in card and "--sizes " + SMALL[SMALL.index("--sizes") + 1] in card
+
+
+def test_what_wrong_input_gets(run_folder, script, monkeypatch):
+    shown = script("extras.share", "runs/tiny", "a/b", "--dry-run")[1]
+    assert "a/b would get README.md, config.json, model.safetensors, args.json" in shown
+    assert_refused(script("extras.share", "runs/none", "a/b"), "no model at runs/none")
+
+    def refuse(*_, **__):
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr(hub, "create_repo", refuse)
+    assert_refused(script("extras.share", "runs/tiny", "a/b"), "a/b takes nothing (no route to host)")
+    monkeypatch.setattr(weights.hub, "try_to_load_from_cache", lambda *_: None)
+    monkeypatch.setattr(weights.hub, "get_hf_file_metadata", refuse)
+    assert_refused(script("plan", "--ckpt", "a/b"), "a/b is not here, and no network reaches it: download config.json")
+    (run_folder / "plan_outputs/tiny").mkdir(parents=True)
+    (run_folder / "plan_outputs/tiny/table.md").write_text("| |\n")
+    (run_folder / "plan_outputs/tiny/results.json").write_text(json.dumps({"args": {"ckpt": "runs/other"}}))
+    assert_refused(script("extras.share", "runs/tiny", "a/b"), "has the results of another run: give --plans")
+    with pytest.raises(Exception, match="no model at runs/none"):
+        load_model("runs/none")
