@@ -900,7 +900,7 @@ def test_iterations_build_on_each_other(tmp_path, monkeypatch, script, one_proce
         return fit(model, *args, **options)
 
     monkeypatch.setattr(wm, "fit", watched_fit)
-    monkeypatch.setattr(wm, "evolve", lambda scores, mean, *args: (means.append(mean), evolve(scores, mean, *args))[1])
+    monkeypatch.setattr(wm, "evolve", lambda _, mean, *a, **k: (means.append(mean), evolve(_, mean, *a, **k))[1])
     flags = [*SMALL, "--seed", 2**31 - 2, "--out", tmp_path]
     code, out, err = script("vae_mdnrnn", "iterate", "--iterations", 2, *flags)
     assert code == 0, err

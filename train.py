@@ -32,6 +32,7 @@ import data
 from encoders import build_encoder
 from lib import common, pictures, processes
 from lib.common import RANK, WORLD_SIZE, UserError, positive, tqdm
+from lib.logs import LOGS, open_log
 from lib.systems import SYSTEM_SIZES, SYSTEMS, system_args, system_class
 from predictor import LAPTOP, PREDICTORS, SIZES, WorldModel, untrained_model
 
@@ -54,7 +55,7 @@ def train(args):
     device = processes.join(args.device)
 
     # a run that is there goes on with the flags that it was begun with
-    resumed, flags = None, {name: value for name, value in vars(args).items() if name not in ("device", "bench")}
+    resumed, flags = None, {name: value for name, value in vars(args).items() if name not in ("device", "log", "bench")}
     unfinished = directory / "model.unfinished.pt"
     if unfinished.exists() or (directory / "model.safetensors").exists():
         common.same_flags(directory, flags)
@@ -129,6 +130,7 @@ def train(args):
         common.write_json(directory / "args.json", flags)
 
     # the loop
+    report = open_log(args.log, directory, flags)
     bar = tqdm(total=total_steps, initial=len(log) * steps_per_epoch, desc="train", unit="step")
     for epoch in range(len(log), epochs):
         torch.manual_seed(args.seed * 100_003 + epoch)  # dropout and order depend on (seed, epoch) alone
@@ -157,6 +159,7 @@ def train(args):
         if model.decoder is not None:
             entry |= show_imagination(model, dataset, val_episodes, num_frames, tokens, device, directory)
         log.append(entry | {"seconds": round(time.perf_counter() - start, 2)})
+        report("train", epoch + 1, entry)
         bar.set_postfix_str(f"val {entry['val']:.4f}, copying {entry['copy']:.4f}")
         common.write_csv(directory / "log.csv", log)
         styles = {"train": "-", "val": "-", "copy": ":"}
@@ -326,6 +329,7 @@ def get_args(argv=None):
     add("--seed", type=common.seed_number, default=0, help="the same seed gives the same run")
     add("--name", help="name of the run under runs/ (default: ENV_ENCODER, and _PREDICTOR if it is not vit)")
     add("--device", type=common.available_device, default=common.default_device(), help="where to compute")
+    add("--log", choices=LOGS, help="also send the numbers of log.csv there")
     add("--bench", action="store_true", help="measure how fast models of two sizes learn, instead of training one")
     args = parser.parse_args(argv)
     if args.system:

@@ -34,6 +34,7 @@ import data
 from lib import common, pictures, processes
 from lib.common import RANK, WORLD_SIZE, UserError, bfloat16, fit, to_frames, to_tensor, tqdm
 from lib.decoders import OnePixelDeconv
+from lib.logs import open_log
 from lib.recipes import RUN_FLAGS, c_names, first_held_out, load_data, load_search, need, parse_args
 from lib.worlds import BATCH, DreamEnv, EpisodePool, play_alone
 
@@ -105,9 +106,9 @@ def moving(x, before):
 
 
 def train_vae(
-    vae, frames, steps, lr=1e-3, beta=1.0, kl_tolerance=0.5, focus=0.0, half=False, seed=0, transform=None, path=None
+    vae, frames, steps, lr=1e-3, beta=1.0, kl_tolerance=0.5, focus=0.0, half=False, transform=None, seed=0, **kept
 ):
-    """Fits the VAE in place to uint8 frames (S, 64, 64, 3), which may be memory-mapped, and keeps it in `path`.
+    """Fits the VAE in place to uint8 frames (S, 64, 64, 3), which may be memory-mapped, and keeps it as `fit` does.
 
     V sees and reconstructs images (B, 3, 64, 64), or what `transform` makes of them. With `half` it computes in
     bfloat16 where that is faster.
@@ -131,7 +132,7 @@ def train_vae(
             recon, mu, logvar = (out.float() for out in vae(x))
         return {"loss": vae_loss(recon, x, mu, logvar, beta, kl_tolerance, weight), "recon": F.mse_loss(recon, x)}
 
-    return fit(vae, loss, steps, lr, seed, "train V", path)
+    return fit(vae, loss, steps, lr, seed, "train V", **kept)
 
 
 # ---- M: what happens next ------------------------------------------------------------------------
@@ -225,7 +226,7 @@ def whole_episodes(latents, dataset, episodes, device):
     return sample_z(mu, logvar), a, reward, done, valid.to(device), restart
 
 
-def train_mdnrnn(rnn, latents, dataset, episodes, steps, batch_size=8, lr=1e-3, seed=0, path=None):
+def train_mdnrnn(rnn, latents, dataset, episodes, steps, batch_size=8, lr=1e-3, seed=0, **kept):
     """Fits M in place to whole episodes, because what decides the next step may lie far back (a player's wounds do).
 
     A batch holds a random one of `episodes` and others of similar length, so that little of it is padding.
@@ -240,7 +241,7 @@ def train_mdnrnn(rnn, latents, dataset, episodes, steps, batch_size=8, lr=1e-3, 
         batch = episodes[order[max(0, first) : first + batch_size]]
         return mdnrnn_loss(rnn, *whole_episodes(latents, dataset, batch, rnn.mdn.weight.device))
 
-    return fit(rnn, loss, steps, lr, seed, "train M", path, clip=1.0)
+    return fit(rnn, loss, steps, lr, seed, "train M", clip=1.0, **kept)
 
 
 @torch.inference_mode()
@@ -399,7 +400,7 @@ def real_scores(pool, args, params, seed, trials):
     return np.reshape(returns, (len(params), trials)), sum(steps)
 
 
-def evolve(scores, mean, path, popsize, trials, steps, score_trials, sigma0=0.1, seed=0):
+def evolve(scores, mean, path, popsize, trials, steps, score_trials, sigma0=0.1, seed=0, report=None):
     """CMA-ES (appendix A.4) from `mean` (n,), for about `steps` steps. `path` keeps the best mean of a population.
 
     scores(params (P, n), seed, trials) -> (P, trials) returns, and the steps that they took. All candidates of a
@@ -443,6 +444,8 @@ def evolve(scores, mean, path, popsize, trials, steps, score_trials, sigma0=0.1,
         log.append({"steps": done} | {k: v if isinstance(v, int) else float(v) for k, v in row.items()})
         bar.update(done - bar.n)
         bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k != "agreement"})
+        if report:
+            report(f"train {path.stem}", done, row)
         if RANK == 0:
             common.write_csv(path.with_suffix(".csv"), log)
             common.save_safetensors(path.with_suffix(".safetensors"), {"params": best["params"]})
@@ -480,7 +483,7 @@ def train_v(args):
     vae = VAE(args.z_dim).to(args.device)
     if args.previous:
         common.load_fitted(vae, args.previous.run / "vae.safetensors")
-    flags = dict(lr=args.lr, beta=args.beta, focus=args.focus, seed=args.seed, half=True)
+    flags = dict(lr=args.lr, beta=args.beta, focus=args.focus, half=True, seed=args.seed, report=args.report)
     train_vae(vae, frames[:seen], args.v_steps, path=args.run / "vae.safetensors", **flags)
     with torch.inference_mode():
         if not latents.exists():
@@ -504,8 +507,8 @@ def train_m(args):
     if args.previous:
         common.load_fitted(rnn, args.previous.run / "rnn.safetensors")
     seen, held = np.split(np.arange(len(dataset)), [first_held_out(dataset)])
-    path = args.run / "rnn.safetensors"
-    train_mdnrnn(rnn, latents, dataset, seen, args.m_steps, lr=args.lr, seed=args.seed, path=path)
+    flags = dict(lr=args.lr, seed=args.seed, path=args.run / "rnn.safetensors", report=args.report)
+    train_mdnrnn(rnn, latents, dataset, seen, args.m_steps, **flags)
     losses = held_out_losses(rnn, latents, dataset, held)
     common.write_json(args.run / "held_out.json", losses)
     print(f"M, held out: {', '.join(f'{name} {value:.4f}' for name, value in losses.items())}")
@@ -525,7 +528,7 @@ def train_c(args):
                 scores = functools.partial(dream_scores, make_dream(args, rnn.to(args.device), name), controller)
             path = args.run / f"c_{name}.pt"
             budget = args.popsize, args.trials, args.c_steps, args.score_trials, args.sigma0, args.seed
-            best = evolve(scores, mean, path, *budget)
+            best = evolve(scores, mean, path, *budget, report=args.report)
             styles = {"best": "-", "mean": "-", "worst": "-", "score": "ko-"}
             if RANK == 0:
                 pictures.write_log_plot(path.with_suffix(".png"), best["log"], "steps", styles, ylabel="return")
@@ -647,6 +650,7 @@ def main(argv=None):
         common.same_flags(args.run, flags)
         if args.step != "test" and RANK == 0:
             common.write_json(args.run / "args.json", flags)
+        args.report = open_log(args.log, args.run, flags)
     STEPS[args.step](args)
 
 

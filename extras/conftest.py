@@ -1,1 +1,1 @@
-from test_all import dataset, script, seeded, workplace  # noqa: F401  (the same fixtures)
+from test_all import dataset, one_process, script, seeded, workplace  # noqa: F401  (the same fixtures)

@@ -354,12 +354,12 @@ def bfloat16(device, wanted=True):
     return torch.autocast(device.type, torch.bfloat16, enabled=wanted and has_bfloat16(device.type))
 
 
-def fit(model, loss, steps, lr, seed, name, path=None, clip=None):
+def fit(model, loss, steps, lr, seed, name, path=None, clip=None, report=None):
     """Fits `model` in place by `steps` steps of Adam on `loss()["loss"]`. The learning rate follows a cosine.
 
     With a `path`, a .safetensors, the model is kept there when it is done, for `load_fitted`; and a run that was killed
     goes on. Its weights end as if it had not been killed, because step n draws from a generator seeded by (seed, n)
-    alone. A .csv of the losses is written beside the model.
+    alone. A .csv of the losses is written beside the model, and `report` is a function of lib/logs.py.
     """
     # Adam comes first even if it is not needed: it loads Triton, which crashes once a renderer has loaded Mesa's LLVM.
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
@@ -386,7 +386,10 @@ def fit(model, loss, steps, lr, seed, name, path=None, clip=None):
         optimizer.step()
         if step % 20 == 0 or step == steps - 1:
             log.append({"step": step, **{k: v.item() for k, v in losses.items()}})
-            bar.set_postfix({k: f"{v:.4g}" for k, v in log[-1].items() if k != "step"})
+            values = {k: v for k, v in log[-1].items() if k != "step"}
+            bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()})
+            if report:
+                report(name, step, values)
         if path and time.monotonic() - saved_at > 30:
             states = {"unfinished": model.state_dict(), "optimizer": optimizer.state_dict()}
             save_tensors(unfinished, {**states, "step": step + 1, "log": log})

@@ -9,6 +9,7 @@ import numpy as np
 import data
 from lib import common
 from lib.common import WORLD_SIZE, UserError, positive
+from lib.logs import LOGS
 from lib.worlds import ENVIRONMENTS
 
 # The paper's sizes (appendix A), with budgets for two CPU cores: an hour and a half for takecover, four for carracing.
@@ -62,9 +63,12 @@ def parse_args(argv, steps, description):
     add("--score-trials", type=positive, help="episodes by which the best C is chosen")
     add("--test-episodes", type=positive, default=100, help="real episodes, and as many dreams, for each C")
     add("--test-env", choices=ENVIRONMENTS, help="the world that `test` plays in, if not --env: carracing-gymnasium")
+    add("--log", choices=LOGS, help="also send the numbers of training there")
     add("--iterations", type=positive, default=3, help="rounds of `iterate`")
     given = parser.parse_args(argv)
-    default = dict(run=Path(f"runs/worldmodels_{given.env}"), n_mix=5, mixture="vector", previous=None, test_env=None)
+    default = dict(
+        run=Path(f"runs/worldmodels_{given.env}"), n_mix=5, mixture="vector", previous=None, test_env=None, log=None
+    )
     args = argparse.Namespace(**default | RECIPES[given.env] | vars(given) | given.sizes)
     args.sizes = ",".join(f"{name}={getattr(args, name)}" for name in SIZES)
     if len(args.trials) > 2:

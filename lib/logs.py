@@ -1,0 +1,37 @@
+"""Numbers of a training that goes on, sent to where people look at them: TensorBoard or Weights & Biases (`--log`)."""
+
+from lib.common import RANK, UserError
+
+LOGS = "tensorboard", "wandb"
+
+
+def open_log(kind, folder, flags):
+    """Returns report(name, step, values), which sends the numbers `values` {column: number} to where `kind` says, or
+    nowhere if it is None. A run has the name of its folder, and `flags` as its configuration."""
+    if kind is None or RANK:
+        return lambda name, step, values: None
+    try:
+        if kind == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+        else:
+            import wandb
+    except ImportError:
+        raise UserError(f"--log {kind} needs a package: pip install {kind}") from None
+    if kind == "tensorboard":
+        writer = SummaryWriter(folder)
+
+        def report(name, step, values):
+            for column, value in values.items():
+                writer.add_scalar(f"{name}/{column}", value, step)
+            writer.flush()
+
+    else:
+        run = wandb.init(
+            project="world-models", id=str(folder).replace("/", "-"), dir=folder, config=flags, resume="allow"
+        )
+
+        def report(name, step, values):
+            run.define_metric(f"{name}/*", step_metric=f"{name}/step")  # V, M and C count steps of their own
+            run.log({f"{name}/{column}": value for column, value in {**values, "step": step}.items()})
+
+    return report
