@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.common import UserError
+from lib.common import UserError, to_frames
 from lib.systems import System
 
 FRAMES, PAST = 5, 2  # frames that are drawn, and that are known: two show a speed (the paper: 7 and 1)
@@ -185,7 +185,7 @@ class AVDC(System):
             raise UserError(f"--sizes width={width} is not a multiple of the 8 groups that avdc normalises")
         pixels = 3 * PATCH**2
         self.diffusion, self.unet = Diffusion(), VideoUNet(pixels, (PAST + 1) * pixels, width)
-        self.inverse = InverseModel(width, self.action_dim)
+        self.inverse, self.img_size = InverseModel(width, self.action_dim), img_size
         self.register_buffer("background", torch.zeros(3, SIDE, SIDE))
 
     def small(self, frames):
@@ -199,6 +199,12 @@ class AVDC(System):
         """The small frames as they are drawn, each one token of all its pixels."""
         visual = self.small(obs["visual"]).flatten(2)[:, :, None]  # (B, T, 1, 3 * SIDE * SIDE)
         return {"visual": visual, "proprio": visual[:, :, 0, :0]}
+
+    def decode(self, visual):
+        """Frames as `encode` returns them -> frames (B, T, H, W, 3) uint8. Nobody sees more than the small ones."""
+        small = visual.unflatten(-1, (3, SIDE, SIDE)).flatten(0, 2) / CONTRAST + self.background
+        images = F.interpolate((small.clamp(-1, 1) + 1) / 2, (self.img_size, self.img_size))
+        return to_frames(images).reshape(*visual.shape[:2], self.img_size, self.img_size, 3)
 
     def network(self, x, t, known):
         """v^ of films x (B, FRAMES, 3, SIDE, SIDE), given the last frames and the goal, `known` (B, PAST + 1, ...)."""
