@@ -4,7 +4,7 @@ A diffusion model draws the next FRAMES frames x, given the last ones and the go
 (section 3.1, and as released):
 
     x_t = alpha_t x + sigma_t n,    n ~ N(0, 1),    alpha_t^2 = 1 - sigma_t^2 = prod_{s <= t} (1 - beta_s)
-    v = alpha_t n - sigma_t x                                  which the network is to say (Salimans & Ho, 2022)
+    v = alpha_t n - sigma_t x                                  the target of the network (Salimans & Ho, 2022)
     L = mean min(SNR_t, 5) / (SNR_t + 1) ||v^(x_t, t) - v||^2,       SNR_t = alpha_t^2 / sigma_t^2 (Hang et al., 2023)
 
 with the cosine schedule of Nichol & Dhariwal (2021). A film is drawn from noise in a few steps t -> t' of DDIM (Song et
@@ -26,7 +26,7 @@ Deviations:
   followed by one in time; but there is no attention, and one block where the release has two or three.
 - No moving average of the weights, since the learning rate falls to zero.
 
-    python train.py --system avdc && python plan.py --ckpt runs/pointmaze_avdc
+    python train.py --system avdc && python plan.py
 """
 
 import math
@@ -40,7 +40,7 @@ from lib.systems import System
 
 FRAMES, PAST = 5, 2  # frames that are drawn, and that are known: two show a speed (the paper: 7 and 1)
 SIDE, PATCH = 32, 4  # pixels of a drawn frame, and of those that are folded into one (the paper: 128 and 1)
-CONTRAST = 4
+CONTRAST = 4  # by which a frame's difference to the background is multiplied
 
 # ---- The diffusion -------------------------------------------------------------------------------
 
@@ -130,7 +130,8 @@ class VideoBlock(nn.Module):
 
 
 class VideoUNet(nn.Module):
-    """v^ of a film at the times t (B,) of the diffusion. The `condition` (B, C', h, w) is laid beside each frame."""
+    """What it says of a film at the times t (B,) of the diffusion. The `condition` (B, C', h, w) is laid beside each
+    frame."""
 
     def __init__(self, channels, condition, width):
         super().__init__()
@@ -174,8 +175,9 @@ class InverseModel(nn.Module):
 
 
 class AVDC(System):
-    # As released for Meta-World: width=128 on five levels with two blocks each; 60,000 steps of 16 films, Adam with a
-    # learning rate of 1e-4; 100 steps of DDIM.
+    """`width` is the U-Net's and the inverse model's. As released for Meta-World it is 128, on five levels with two
+    blocks each; training has 60,000 steps of 16 films, with Adam and a learning rate of 1e-4, and DDIM has 100."""
+
     name, num_frames, batch_size, steps, lr = "avdc", PAST + FRAMES, 16, 1000, 1e-3
     history = context = PAST
     sizes, ddim_steps = dict(width=64), 10

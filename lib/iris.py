@@ -22,7 +22,7 @@ Deviations:
   every other window, since windows overlap.
 - Actions are numbers here, and enter by a linear layer. No dropout, since no training is long enough to overfit.
 
-    python train.py --system iris && python plan.py --ckpt runs/pointmaze_iris --num-samples 100 --opt-steps 5
+    python train.py --system iris && python plan.py
 """
 
 import math
@@ -168,11 +168,12 @@ class GPT(nn.Module):
 
 
 class IRIS(System):
-    # The paper: 512 codes of 512 numbers, 64 channels on each of five levels with two blocks; width=256, depth=10, 20
-    # frames a window; Adam with a learning rate of 1e-4, 64 windows a step for the GPT, 256 frames for the autoencoder.
+    """There are `codes` of `dim` numbers, and `channels` on the autoencoder's first level; the rest is the GPT's. The
+    paper has 512 codes of 512 numbers, 64 channels on five levels of two blocks, width=256,depth=10,heads=4, windows of
+    20 frames, and Adam with a learning rate of 1e-4, in steps of 64 windows (GPT) and of 256 frames (autoencoder)."""
+
     name, num_frames, batch_size, steps, lr = "iris", 7, 32, 1800, 1.5e-3
-    history = context = 2  # two frames show a speed
-    used = 1.0  # share of the codes that the last batch used
+    history, context, used = 2, 2, 1.0  # two frames show a speed; the share of the codes in the last batch
     sizes = dict(codes=128, dim=32, channels=16, width=64, depth=3, heads=4)
 
     def build(self, img_size, codes, dim, channels, width, depth, heads):
@@ -209,14 +210,13 @@ class IRIS(System):
         reconstruction = ((1 + moving / moving.mean().clamp(min=1e-6)) * (painted - images).abs()).mean()
         tokens, K = self.encode(batch)["tokens"], self.num_patches
         x = self.gpt.embed(tokens, self.encode_action(batch["action"]))  # (B, T * (K + 1), D)
-        logits = F.pad(self.gpt(x[:, :-1]), (0, 0, 1, 0))  # shifted by one: each stands where its token does
-        logits = logits.unflatten(1, (-1, K + 1))[:, :, :-1]  # (B, T, K, codes)
+        logits = F.pad(self.gpt(x[:, :-1]), (0, 0, 1, 0)).unflatten(1, (-1, K + 1))[:, :, :-1]  # each at its token
         entropy = F.cross_entropy(logits.flatten(1, 2)[:, 1:].flatten(0, 1), tokens.flatten(1)[:, 1:].flatten())
         ahead = self.criterion(*(self.latents(z[:, 1:])["visual"] for z in (logits.argmax(-1), tokens)))
         self.used = len(tokens.unique()) / self.autoencoder.codes.num_embeddings
-        used = entropy.new_tensor(self.used)
-        parts = {"visual": ahead, "entropy": entropy, "recon": reconstruction, "codes": codes, "used": used}
-        return entropy + reconstruction + codes, {name: part.detach() for name, part in parts.items()}
+        parts = {"visual": ahead, "entropy": entropy, "recon": reconstruction, "codes": codes}
+        parts = {name: part.detach() for name, part in parts.items()} | {"used": entropy.new_tensor(self.used)}
+        return entropy + reconstruction + codes, parts
 
     @torch.no_grad()
     def rollout(self, z0, actions):
