@@ -12,14 +12,15 @@ A GPT reads the tokens and actions of all frames as one sequence and learns to w
     L = - mean log p(z_t^k | z_<t, a_<t, z_t^<k)
 
 Both learn in the same steps; the GPT's loss does not reach the autoencoder. Imagination writes the most likely token,
-one after another, with a cache of keys and values. What a plan costs is the mean squared distance between codes.
+one after another, with a cache of keys and values. What a plan costs is the mean squared distance between codes. Its
+rank correlation with the distance of the balls is .94 up to 1 m and .77 up to 2 m. (That of decoded frames, blurred by
+8 pixels, is .95 and .96, but then every candidate has to be painted.)
 
 Deviations:
 - The ball is 0.5 % of the pixels, and an autoencoder that is trained for minutes leaves it out. So E sees and D paints
-  how a frame differs from the background, the mean of the first batch, and an error weighs 1 + |x - background| / mean
-  |x - background|. There is no LPIPS, because VGG-16's weights are not at hand.
-- E first folds 4 x 4 pixels into one, which saves the two most expensive of five levels. It learns from one frame of
-  every other window, since windows overlap.
+  how a frame differs from the background b, the mean of the first batch, and an error weighs 1 + |x - b| / mean |x - b|.
+- There is no LPIPS, because VGG-16's weights are not at hand. E first folds 4 x 4 pixels into one, which saves the two
+  most expensive of five levels, and learns from one frame of every other window, since windows overlap.
 - Actions are numbers here, and enter by a linear layer. No dropout, since no training is long enough to overfit.
 
     python train.py --system iris && python plan.py
@@ -168,9 +169,8 @@ class GPT(nn.Module):
 
 
 class IRIS(System):
-    """There are `codes` of `dim` numbers, and `channels` on the autoencoder's first level; the rest is the GPT's. The
-    paper has 512 codes of 512 numbers, 64 channels on five levels of two blocks, width=256,depth=10,heads=4, windows of
-    20 frames, and Adam with a learning rate of 1e-4, in steps of 64 windows (GPT) and of 256 frames (autoencoder)."""
+    """There are `codes` of `dim` numbers, and `channels` on the autoencoder's first level; the rest is the GPT's. Paper:
+    codes=512,dim=512,channels=64,width=256,depth=10, windows of 20 frames, lr 1e-4, 64 windows or 256 frames a step."""
 
     name, num_frames, batch_size, steps, lr = "iris", 7, 32, 1800, 1.5e-3
     history, context, used = 2, 2, 1.0  # two frames show a speed; the share of the codes in the last batch
