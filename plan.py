@@ -41,9 +41,10 @@ from data import Windows, open_dataset, token_cache
 from lib import common, pictures, processes
 from lib.common import RANK, UserError, positive
 from lib.pointmaze import SHIFTS
+from lib.speed import bench_planning
 from lib.waypoints import Graph, Route
 from lib.worlds import make_env
-from predictor import WorldModel, load_model, untrained_model
+from predictor import WorldModel, load_model
 
 CONTROLS = {"random": "random policy", "oracle": "true simulator"}
 METHODS = ("cem", "icem", "mppi", "gd")
@@ -438,30 +439,6 @@ def write_table(results, path):
     print("\n" + table, end="")
 
 
-def bench(size, device):
-    """Measures how many candidates a second move on by a step in the imagination of an untrained model."""
-    model = untrained_model(size, device)
-    N, d, candidates = model.encoder.num_patches, model.encoder.dim, 8 if size == "paper" else 1000
-    obs = {"visual": torch.randn(candidates, 1, N, d), "proprio": torch.randn(candidates, 1, 4)}
-    obs, actions = {name: o.to(device) for name, o in obs.items()}, torch.randn(candidates, 5, 10, device=device)
-
-    @torch.no_grad()
-    def imagine(how, dtype):
-        model.train(how == "plain")  # nothing is remembered in training
-        with common.bfloat16(device, dtype == "bfloat16"):
-            return model.rollout(model.encode(obs), actions)["visual"].sum().item()  # waits for the device
-
-    dtypes = ("float32", "bfloat16") if common.has_bfloat16(device.type) else ("float32",)
-    kinds = [(how, dtype) for dtype in dtypes for how in ("plain", "cached")]
-    rates = processes.per_second({kind: partial(imagine, *kind) for kind in kinds}, seconds=10)
-    print(
-        f"{size} size, {N} x {d} numbers a frame, {candidates} candidates, {device}, {torch.get_num_threads()} threads"
-    )
-    for kind, rate in rates.items():
-        ratio = rate / rates["plain", "float32"]
-        print(f"  {' '.join(kind):16} {5 * candidates * rate:9.3g} candidate-steps/s, {ratio:.2f} x")
-
-
 # ---- The script ----------------------------------------------------------------------------------
 
 
@@ -561,7 +538,7 @@ def newest_run():
 def main():
     args = get_args()
     if args.bench:
-        return [bench(size, torch.device(args.device)) for size in ("laptop", "paper")]
+        return [bench_planning(size, torch.device(args.device)) for size in ("laptop", "paper")]
     args.ckpt = args.ckpt or newest_run()
     out = common.output_folder("plan_outputs", args.name or Path(args.ckpt).resolve().name)
     device = processes.join(args.device)

@@ -466,13 +466,6 @@ class WorldModel(nn.Module):
         return model.to(device).eval()
 
 
-def untrained_model(size, device):
-    """A world model of the "laptop" or the "paper" size with random weights, by which speed is measured."""
-    encoder, sizes = (("dinov2", 196), PAPER) if size == "paper" else (("pca", None), LAPTOP)
-    statistics = (torch.zeros(2), torch.ones(2)), (torch.zeros(4), torch.ones(4))
-    return WorldModel(build_encoder(*encoder, "random"), *statistics, **sizes | {"dropout": 0.0}).to(device)
-
-
 def load_model(run, device="cpu", data=None, weights=None):
     """The world model in a run's folder, in eval mode: one of ours, or one that DINO-WM released. The latter lacks its
     statistics, which come from the data set `data`, and its encoder, for which `build_encoder` takes `weights`."""

@@ -22,7 +22,6 @@ again, and ends bit for bit (on the CPU) where it would have.
 
 import math
 import time
-from functools import partial
 
 import numpy as np
 import torch
@@ -33,8 +32,9 @@ from encoders import build_encoder
 from lib import common, pictures, processes
 from lib.common import RANK, WORLD_SIZE, UserError, positive, tqdm
 from lib.logs import LOGS, open_log
+from lib.speed import bench_training
 from lib.systems import SYSTEM_SIZES, SYSTEMS, system_args, system_class
-from predictor import LAPTOP, PREDICTORS, SIZES, WorldModel, untrained_model
+from predictor import LAPTOP, PREDICTORS, SIZES, WorldModel
 
 FIT_FRAMES = 20_000  # how many training frames are shown to an encoder that is fitted
 DECODER_LR = 3e-4  # Adam's, as released
@@ -227,33 +227,6 @@ def show_imagination(model, dataset, episodes, num_frames, tokens, device, direc
     return errors | pictures.likeness(imagined[:, known:], real[:, known:])
 
 
-def bench(size, device):
-    """Measures how many windows a second an untrained model learns from, with tokens that come out of the cache and
-    with frames that are encoded in every step."""
-    model = untrained_model(size, device).train()
-    N, d, batch_size = model.encoder.num_patches, model.encoder.dim, 512 if size == "laptop" else 32
-    if device.type == "cpu" and size == "paper":
-        batch_size = 2
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    rest = {"proprio": torch.randn(batch_size, 4, 4), "action": torch.randn(batch_size, 4, 10)}
-
-    def learn(visual):
-        batch = {name: tensor.to(device) for name, tensor in {"visual": visual, **rest}.items()}
-        with common.bfloat16(device, device.type == "cuda"):
-            loss, _ = model(batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        return loss.item()  # waits for the device
-
-    frames = torch.randint(256, (batch_size, 4, 64, 64, 3), dtype=torch.uint8)
-    calls = {"cached tokens": partial(learn, torch.randn(batch_size, 4, N, d)), "frames": partial(learn, frames)}
-    rates = processes.per_second(calls, seconds=10)
-    print(f"{size} size, {N} x {d} numbers a frame, {batch_size} windows, {torch.get_num_threads()} threads, {device}")
-    for name, rate in rates.items():
-        print(f"  from {name:13} {batch_size * rate:9.3g} windows/s, {rate / rates['frames']:.2f} x")
-
-
 # ---- Data and sizes ------------------------------------------------------------------------------
 
 
@@ -346,7 +319,7 @@ def get_args(argv=None):
 def main():
     args = get_args()
     if args.bench:
-        return [bench(size, torch.device(args.device)) for size in ("laptop", "paper")]
+        return [bench_training(size, torch.device(args.device)) for size in ("laptop", "paper")]
     train(args)
 
 

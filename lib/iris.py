@@ -18,7 +18,7 @@ rank correlation with the distance of the balls is .94 up to 1 m and .77 up to 2
 
 Deviations:
 - The ball is 0.5 % of the pixels, and an autoencoder that is trained for minutes leaves it out. So E sees and D paints
-  how a frame differs from the background b, the mean of the first batch, and an error weighs 1 + |x - b| / mean |x - b|.
+  how a frame differs from the background b, the mean of the first batch; an error weighs 1 + |x - b| / mean |x - b|.
 - There is no LPIPS, because VGG-16's weights are not at hand. E first folds 4 x 4 pixels into one, which saves the two
   most expensive of five levels, and learns from one frame of every other window, since windows overlap.
 - Actions are numbers here, and enter by a linear layer. No dropout, since no training is long enough to overfit.
@@ -169,7 +169,7 @@ class GPT(nn.Module):
 
 
 class IRIS(System):
-    """There are `codes` of `dim` numbers, and `channels` on the autoencoder's first level; the rest is the GPT's. Paper:
+    """`codes` of `dim` numbers, and `channels` on the autoencoder's first level; the other sizes are the GPT's. Paper:
     codes=512,dim=512,channels=64,width=256,depth=10, windows of 20 frames, lr 1e-4, 64 windows or 256 frames a step."""
 
     name, num_frames, batch_size, steps, lr = "iris", 7, 32, 1800, 1.5e-3
