@@ -41,9 +41,10 @@ from data import Windows, open_dataset, token_cache
 from lib import common, pictures, processes
 from lib.common import RANK, UserError, positive
 from lib.pointmaze import SHIFTS
+from lib.speed import bench_planning
 from lib.waypoints import Graph, Route
 from lib.worlds import make_env
-from predictor import load_model, untrained_model
+from predictor import WorldModel, load_model
 
 CONTROLS = {"random": "random policy", "oracle": "true simulator"}
 METHODS = ("cem", "icem", "mppi", "gd")
@@ -71,7 +72,7 @@ def latent_cost(model, worlds, device, objective="last", alpha=0.0, base=2.0):
         return model.encode({name: torch.from_numpy(o).to(device) for name, o in obs.items()})
 
     # On a GPU a piece bounds the memory (3 GB at the paper's size); on a CPU it stays in the cache: 1.5 times as fast.
-    piece = max(1, 2 ** (13 if device.type == "cpu" else 18) // (model.num_hist * model.encoder.num_patches))
+    piece = max(1, 2 ** (13 if device.type == "cpu" else 18) // (model.num_hist * model.num_patches))
     goals = encode({name: o[:, None] for name, o in worlds.goal_obs.items()})
 
     def for_problems(problems):
@@ -94,7 +95,7 @@ def latent_cost(model, worlds, device, objective="last", alpha=0.0, base=2.0):
                     if weight:
                         frames = z[part][:, -1 if objective == "last" else H - 1 :]  # (n, 1 or T + 1, ...)
                         target = goal[part][index].expand_as(frames)
-                        error = model.predictor.criterion(frames, target, reduction="none")
+                        error = model.criterion(frames, target, reduction="none")
                         J = J + weight * error.flatten(2).mean(2)  # (n, 1 or T + 1)
                 w = base ** torch.arange(J.shape[1], device=device)
                 costs.append((J * (w / w.sum())).mean(1))
@@ -146,6 +147,8 @@ def solve(worlds, cost_for, model, args, device, group=0):
 
     @torch.no_grad()
     def plan(problems, mean):
+        if cost_for is None:  # a system that draws the way to the goal does not search for it
+            return model.plan(worlds, problems, mean.shape[1])
         cost, std = cost_for(problems), torch.full_like(mean, options["var_scale"])
         if method == "gd":
             free = lambda a: cost(a * model.action_std + model.action_mean)  # noqa: E731
@@ -177,7 +180,7 @@ def in_groups(solve_group, num_problems, planner, title):
 def controls(env, starts, goals, model, args, graph=None):
     """Success rates by iteration of the controls in args.baselines, on the same problems and for as long."""
     oracle = argparse.Namespace(**vars(args))
-    if args.planner.endswith("gd"):  # the simulator has no gradient
+    if args.planner.endswith("gd") or not args.num_samples:  # the simulator has no gradient, and draws nothing
         oracle = argparse.Namespace(**vars(args) | BUDGETS["icem"] | {"planner": "icem"})
     device, steps = model.action_mean.device, (args.n_taken_actions, args.max_iter)
 
@@ -352,8 +355,9 @@ def run(model, env, starts, goals, args, device, out, graph=None):
         history = args.history, model.frameskip
         worlds = Worlds(env, starts[problems], goals[problems], films, *history, graph, group)
         filmed = filmed or worlds
+        cost_for = latent_cost(model, worlds, device, *objective) if args.num_samples else None
         with common.bfloat16(device, args.dtype == "bfloat16"):
-            success = solve(worlds, latent_cost(model, worlds, device, *objective), model, args, device, group)
+            success = solve(worlds, cost_for, model, args, device, group)
         ways.append(worlds.route and worlds.route.count())
         return success
 
@@ -435,30 +439,6 @@ def write_table(results, path):
     print("\n" + table, end="")
 
 
-def bench(size, device):
-    """Measures how many candidates a second move on by a step in the imagination of an untrained model."""
-    model = untrained_model(size, device)
-    N, d, candidates = model.encoder.num_patches, model.encoder.dim, 8 if size == "paper" else 1000
-    obs = {"visual": torch.randn(candidates, 1, N, d), "proprio": torch.randn(candidates, 1, 4)}
-    obs, actions = {name: o.to(device) for name, o in obs.items()}, torch.randn(candidates, 5, 10, device=device)
-
-    @torch.no_grad()
-    def imagine(how, dtype):
-        model.train(how == "plain")  # nothing is remembered in training
-        with common.bfloat16(device, dtype == "bfloat16"):
-            return model.rollout(model.encode(obs), actions)["visual"].sum().item()  # waits for the device
-
-    dtypes = ("float32", "bfloat16") if common.has_bfloat16(device.type) else ("float32",)
-    kinds = [(how, dtype) for dtype in dtypes for how in ("plain", "cached")]
-    rates = processes.per_second({kind: partial(imagine, *kind) for kind in kinds}, seconds=10)
-    print(
-        f"{size} size, {N} x {d} numbers a frame, {candidates} candidates, {device}, {torch.get_num_threads()} threads"
-    )
-    for kind, rate in rates.items():
-        ratio = rate / rates["plain", "float32"]
-        print(f"  {' '.join(kind):16} {5 * candidates * rate:9.3g} candidate-steps/s, {ratio:.2f} x")
-
-
 # ---- The script ----------------------------------------------------------------------------------
 
 
@@ -499,7 +479,7 @@ def get_args(argv=None):
     add("--planner-args", type=read, default={}, help=f"settings of the planners, as K=V,K=V: {what}")
     add("--goal-H", type=positive, default=5, help="planning horizon in model steps")
     add("--n-taken-actions", type=positive, help="model steps before replanning (default: goal_H; paper's variant: 1)")
-    add("--history", type=positive, help="true frames that imagination starts from (default: 1; paper's: num_hist)")
+    add("--history", type=positive, help="true frames imagined from (default: 1; paper's: num_hist; a system's own)")
     add("--max-iter", type=positive, help="MPC iterations (default: as many as make 10 goal_H model steps)")
     waypoints = "graph: plan to waypoints on the shortest path to the goal in a graph over the training frames"
     add("--waypoints", choices=("graph",), help=waypoints)
@@ -535,10 +515,11 @@ def settle(args, planner, model=None):
         raise UserError(f"--topk {args.topk} must lie between 2 and --num-samples {args.num_samples}")
     if method == "icem" and args.planner_args["keep"] >= args.num_samples:
         raise UserError(f"keep={args.planner_args['keep']} leaves no new candidate of --num-samples {args.num_samples}")
-    args.history = args.history or (model.num_hist if paper else 1)
-    if model is not None and args.dtype is None:
-        wide = args.device.startswith("cuda") or model.encoder.dim >= 128  # narrow ones gain nothing: see --bench
-        args.dtype = "bfloat16" if wide and common.has_bfloat16(args.device) else "float32"
+    if model is not None:
+        args.history, wide = args.history or model.history, args.device.startswith("cuda") or model.wide
+        args.dtype = args.dtype or ("bfloat16" if wide and common.has_bfloat16(args.device) else "float32")
+        if hasattr(model, "plan"):
+            args.num_samples = args.opt_steps = 0  # it does not search
     if planner.startswith("mpc-"):
         args.n_taken_actions = args.n_taken_actions or (1 if paper else args.goal_H)
         args.max_iter = args.max_iter or 10 * args.goal_H // args.n_taken_actions
@@ -557,7 +538,7 @@ def newest_run():
 def main():
     args = get_args()
     if args.bench:
-        return [bench(size, torch.device(args.device)) for size in ("laptop", "paper")]
+        return [bench_planning(size, torch.device(args.device)) for size in ("laptop", "paper")]
     args.ckpt = args.ckpt or newest_run()
     out = common.output_folder("plan_outputs", args.name or Path(args.ckpt).resolve().name)
     device = processes.join(args.device)
@@ -565,7 +546,9 @@ def main():
     if args.planner_args["alpha"] and not model.proprio_dim:
         raise UserError(f"alpha weighs proprio, which {args.ckpt} does not have beside its visual latent")
     processes.keep_freed_memory()
-    processes.use_threads(device, model.encoder.num_patches)
+    if args.waypoints and not isinstance(model, WorldModel):
+        raise UserError(f"--waypoints wants a model with a frozen encoder, which {args.ckpt} is not")
+    processes.use_threads(device, model.num_patches)
     env = open_world(model, args.shift)
     graph, (starts, goals) = open_graph(args, model, device), get_problems(env, args, model)
     if args.save_targets and RANK == 0:

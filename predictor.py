@@ -332,6 +332,8 @@ class WorldModel(nn.Module):
             if P:
                 self.proprio_encoder, self.proprio_dim = nn.Linear(P, emb_dim), emb_dim
         self.predictor = transition(encoder.num_patches, num_hist, encoder.dim, self.proprio_dim, A, **sizes)
+        self.num_patches, self.criterion, self.wide = encoder.num_patches, transition.criterion, encoder.dim >= 128
+        self.history = num_hist if variant == "paper" else 1  # true frames that a plan starts from
         # How many true frames a training rollout starts from. The paper's loss leaves shorter windows untrained.
         self.context = num_hist if transition.needs_history or variant == "paper" else 1
         self.decoder = build_decoder(encoder.num_patches, encoder.dim, **decoder) if decoder else None
@@ -439,30 +441,29 @@ class WorldModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, run, device="cpu"):
-        """The model in a run's folder, or in a repository USER/NAME of the Hugging Face hub, in eval mode. UserError if
-        it is missing or not ours."""
+        """The model in a run's folder, or in a repository USER/NAME of the Hugging Face hub, in eval mode. If it is a
+        system, it is one of lib/systems.py. UserError if it is missing or not ours."""
         path = model_folder(run) / "model.safetensors"
         config, state = common.read_json(path.with_name("config.json")), common.load_safetensors(path, device)
         try:
             stats = [(state[f"{name}_mean"], state[f"{name}_std"]) for name in ("action", "proprio")]
             stats[0] = tuple(s[: len(s) // config["frameskip"]] for s in stats[0])  # of one environment action
-            encoder = build_encoder(config.pop("encoder"), config.pop("img_size"), weights="random")
+            system, sizes = config.pop("system", None), config.pop("sizes")
+            encoder = None if system else build_encoder(config.pop("encoder"), config.pop("img_size"), weights="random")
             world, numbers = config["world"], (config["num_hist"], config["frameskip"], config["world"]["img_size"])
             if min(numbers) < 1 or not all(isinstance(world[name], str) for name in ("env", "data")):
                 raise ValueError("num_hist, frameskip or world is not what it should be")
-            model = cls(encoder, *stats, **config.pop("sizes"), **config)
+            if system:
+                from lib.systems import system_class
+
+                model = system_class(system)(*stats, **config, **sizes)
+            else:
+                model = cls(encoder, *stats, **config, **sizes)
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError, ZeroDivisionError) as error:
             reason = " ".join(str(error).split())[:150]
             raise UserError(f"{path} is not a model of this version ({reason}): train it again") from None
         load_state(model, state, path)
         return model.to(device).eval()
-
-
-def untrained_model(size, device):
-    """A world model of the "laptop" or the "paper" size with random weights, by which speed is measured."""
-    encoder, sizes = (("dinov2", 196), PAPER) if size == "paper" else (("pca", None), LAPTOP)
-    statistics = (torch.zeros(2), torch.ones(2)), (torch.zeros(4), torch.ones(4))
-    return WorldModel(build_encoder(*encoder, "random"), *statistics, **sizes | {"dropout": 0.0}).to(device)
 
 
 def load_model(run, device="cpu", data=None, weights=None):

@@ -12,6 +12,7 @@ steps are drawn, and the transition model learns to predict the next latents (`W
     python train.py --predictor vjepa2_ac            # V-JEPA 2-AC
     python train.py --variant paper                  # what DINO-WM's text says where its code does otherwise
     python train.py --decoder                        # and a decoder, to see what it imagines
+    python train.py --system dreamer                 # another world model, with eyes of its own (lib/systems.py)
     torchrun --nproc-per-node 8 train.py --encoder dinov2    # on eight GPUs, with the same global batch
 
 Writes runs/NAME/: args.json, config.json and model.safetensors (the model), log.csv, curves.png; with a decoder
@@ -21,7 +22,6 @@ again, and ends bit for bit (on the CPU) where it would have.
 
 import math
 import time
-from functools import partial
 
 import numpy as np
 import torch
@@ -32,7 +32,9 @@ from encoders import build_encoder
 from lib import common, pictures, processes
 from lib.common import RANK, WORLD_SIZE, UserError, positive, tqdm
 from lib.logs import LOGS, open_log
-from predictor import LAPTOP, PREDICTORS, SIZES, WorldModel, untrained_model
+from lib.speed import bench_training
+from lib.systems import SYSTEM_SIZES, SYSTEMS, system_args, system_class
+from predictor import LAPTOP, PREDICTORS, SIZES, WorldModel
 
 FIT_FRAMES = 20_000  # how many training frames are shown to an encoder that is fitted
 DECODER_LR = 3e-4  # Adam's, as released
@@ -49,7 +51,7 @@ def train(args):
     meta = dataset.meta if dataset else {}
     env, img_size = args.env or meta.get("env", "pointmaze"), args.img_size or meta.get("img_size", 64)
     kinds = [kind for kind in (args.predictor, args.variant) if kind not in ("vit", "repository")]
-    directory = common.output_folder("runs", args.name or "_".join([env, args.encoder, *kinds]))
+    directory = common.output_folder("runs", args.name or "_".join([env, args.system or args.encoder, *kinds]))
     device = processes.join(args.device)
 
     # a run that is there goes on with the flags that it was begun with
@@ -62,37 +64,42 @@ def train(args):
             return
         resumed = common.load_tensors(unfinished, device)
 
-    # the encoder, the data, and the windows
+    # the encoder, which a system brings along; the data, and the windows
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
-    encoder = build_encoder(args.encoder, encoder_img_size(args), args.weights if resumed is None else "random")
-    single = encoder.num_patches == 1
-    sizes = transition_sizes(args, single)
+    system, weights = args.system and system_class(args.system), args.weights if resumed is None else "random"
+    encoder = None if system else build_encoder(args.encoder, encoder_img_size(args), weights)
+    single = not system and encoder.num_patches == 1
+    sizes = args.sizes if system else transition_sizes(args, single)
     dataset = dataset or open_or_collect(args, env, img_size)
     for flag, wanted in (("env", env), ("img_size", img_size)):
         if dataset.meta[flag] != wanted:
             raise UserError(f"{dataset.path} has --{flag.replace('_', '-')} {dataset.meta[flag]}, and not {wanted}")
     print(f"{dataset.path}: {len(dataset)} episodes, frameskip {dataset.meta['frameskip']}")
     train_episodes, val_episodes = dataset.split()
-    num_frames = args.num_hist + args.rollout_steps
+    num_frames = system.num_frames if system else args.num_hist + args.rollout_steps
     train_windows = data.Windows(dataset, train_episodes, num_frames, args.frameskip)
     val_windows = data.Windows(dataset, val_episodes, num_frames, args.frameskip)
     if resumed is None and hasattr(encoder, "fit") and RANK == 0:
         encoder.to(device).fit(frames_to_fit(encoder, dataset, train_episodes, rng), seed=args.seed)
 
     # the model
-    processes.use_threads(device, encoder.num_patches)
     stats, world = dataset.statistics(train_episodes), dict(env=env, img_size=img_size, data=str(dataset.path))
     if len({str((len(dataset.frames), statistics)) for statistics in processes.gather(stats)}) > 1:
         raise UserError(f"the processes of torchrun see different data at {dataset.path}: give all of them the same")
-    settings = dict(predictor=args.predictor, variant=args.variant, frameskip=args.frameskip, world=world)
-    sizes |= {"emb_dim": encoder.dim if sizes.get("concat_dim") == 0 else 10}
-    sizes |= {"decoder": decoder_sizes(args, img_size, single) if args.decoder else None}
-    model = WorldModel(encoder, stats["action"], stats["proprio"], args.num_hist, **settings, **sizes).to(device)
+    settings = dict(frameskip=args.frameskip, world=world)
+    if system:
+        model = system(stats["action"], stats["proprio"], **settings, **sizes).to(device)
+    else:
+        processes.use_threads(device, encoder.num_patches)
+        settings |= dict(predictor=args.predictor, variant=args.variant)
+        sizes |= {"emb_dim": encoder.dim if sizes.get("concat_dim") == 0 else 10}
+        sizes |= {"decoder": decoder_sizes(args, img_size, single) if args.decoder else None}
+        model = WorldModel(encoder, stats["action"], stats["proprio"], args.num_hist, **settings, **sizes).to(device)
     if args.predictor_weights and resumed is None:
         model.predictor.load_released(args.predictor_weights)
-    decoder = [] if model.decoder is None else list(model.decoder.parameters())
-    rest = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith("decoder.")]
+    decoder = list(model.decoder.parameters()) if args.decoder else []  # a system's own learns with the rest
+    rest = [p for p in model.parameters() if p.requires_grad and p not in set(decoder)]
     groups = [{"params": rest}]
     if decoder:
         groups.append({"params": decoder, "lr": DECODER_LR, "weight_decay": 0.0})
@@ -118,7 +125,7 @@ def train(args):
             raise UserError(f"{unfinished} does not go on with this version: remove {directory}") from None
         print(f"{directory}: going on after epoch {len(log)} of {epochs}")
     step = DistributedDataParallel(model) if WORLD_SIZE > 1 else model  # all processes begin as the first one is
-    tokens = data.token_cache(model.encoder, dataset, device)
+    tokens = dataset.frames if system else data.token_cache(encoder, dataset, device)
     if RANK == 0:
         common.write_json(directory / "args.json", flags)
 
@@ -149,7 +156,7 @@ def train(args):
         if RANK:
             log.append(entry)
             continue  # the first process alone writes
-        if decoder:
+        if model.decoder is not None:
             entry |= show_imagination(model, dataset, val_episodes, num_frames, tokens, device, directory)
         log.append(entry | {"seconds": round(time.perf_counter() - start, 2)})
         report("train", epoch + 1, entry)
@@ -184,7 +191,7 @@ def validate(model, windows, tokens, batch_size, device, rollout_steps):
         loss, parts = model.loss(batch, rollout_steps)
         visual = model.encode(batch)["visual"][:, : model.num_hist + 1]
         values = {"val": loss, **{f"val_{name}": part for name, part in parts.items()}}
-        values["copy"] = model.predictor.criterion(visual[:, :-1], visual[:, 1:])
+        values["copy"] = model.criterion(visual[:, :-1], visual[:, 1:])
         weight = len(visual) / len(windows) if batch["share"] else 0.0
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value.item() * weight
@@ -195,9 +202,9 @@ def validate(model, windows, tokens, batch_size, device, rollout_steps):
 def show_imagination(model, dataset, episodes, num_frames, tokens, device, directory, count=8):
     """Draws what is imagined from the first true frames of some validation windows, and measures how good it is.
 
-    Returns mean squared errors of decoded true latents ("recon", "vq") and of decoded one-step predictions
-    ("recon_pred", which is in no loss), and the `likeness` of what is imagined. imagined.png has three rows for each of
-    four windows: the frames, their latents decoded, the imagined latents decoded.
+    Returns the `likeness` of what is imagined, and for a WorldModel mean squared errors of decoded true latents
+    ("recon", "vq") and of decoded one-step predictions ("recon_pred", which is in no loss). imagined.png has three rows
+    for each of four windows: the frames, their latents decoded, the imagined latents decoded.
     """
     lengths = (dataset.episode_ends - dataset.episode_starts)[episodes]
     longest = lengths.max() * dataset.meta["frameskip"] // model.frameskip
@@ -205,44 +212,19 @@ def show_imagination(model, dataset, episodes, num_frames, tokens, device, direc
     order = np.linspace(0, len(windows) - 1, count).astype(int)
     batch = windows.batch(order, tokens, device, windows.num_frames)
     z, frames, H, known = model.encode(batch), batch["frames"], model.num_hist, model.context
-    packed, _ = model.predictor(model.pack(z)[:, :H], model.encode_action(batch["action"][:, :H]))
-    _, recon, vq = model.decoder_loss(z["visual"], frames)
-    _, recon_pred, _ = model.decoder_loss(model.unpack(packed)["visual"], frames[:, 1 : H + 1])
+    errors = {}
+    if isinstance(model, WorldModel):
+        packed, _ = model.predictor(model.pack(z)[:, :H], model.encode_action(batch["action"][:, :H]))
+        _, recon, vq = model.decoder_loss(z["visual"], frames)
+        _, recon_pred, _ = model.decoder_loss(model.unpack(packed)["visual"], frames[:, 1 : H + 1])
+        errors = {"recon": recon.item(), "vq": vq.item(), "recon_pred": recon_pred.item()}
     start = {name: latent[:, :known] for name, latent in z.items()}
     imagined = model.decode(model.rollout(start, batch["action"][:, :-1])["visual"])
     real, decoded = frames.byte().cpu().numpy(), model.decode(z["visual"])
     pictures.write_strips(directory / "imagined.png", *(f[i] for i in range(4) for f in (real, decoded, imagined)))
     films = np.concatenate([pictures.beside(real[i], imagined[i]) for i in range(4)])
     pictures.write_gif(directory / "imagined.gif", films, duration=50 * model.frameskip)
-    errors = {"recon": recon.item(), "vq": vq.item(), "recon_pred": recon_pred.item()}
     return errors | pictures.likeness(imagined[:, known:], real[:, known:])
-
-
-def bench(size, device):
-    """Measures how many windows a second an untrained model learns from, with tokens that come out of the cache and
-    with frames that are encoded in every step."""
-    model = untrained_model(size, device).train()
-    N, d, batch_size = model.encoder.num_patches, model.encoder.dim, 512 if size == "laptop" else 32
-    if device.type == "cpu" and size == "paper":
-        batch_size = 2
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    rest = {"proprio": torch.randn(batch_size, 4, 4), "action": torch.randn(batch_size, 4, 10)}
-
-    def learn(visual):
-        batch = {name: tensor.to(device) for name, tensor in {"visual": visual, **rest}.items()}
-        with common.bfloat16(device, device.type == "cuda"):
-            loss, _ = model(batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        return loss.item()  # waits for the device
-
-    frames = torch.randint(256, (batch_size, 4, 64, 64, 3), dtype=torch.uint8)
-    calls = {"cached tokens": partial(learn, torch.randn(batch_size, 4, N, d)), "frames": partial(learn, frames)}
-    rates = processes.per_second(calls, seconds=10)
-    print(f"{size} size, {N} x {d} numbers a frame, {batch_size} windows, {torch.get_num_threads()} threads, {device}")
-    for name, rate in rates.items():
-        print(f"  from {name:13} {batch_size * rate:9.3g} windows/s, {rate / rates['frames']:.2f} x")
 
 
 # ---- Data and sizes ------------------------------------------------------------------------------
@@ -296,6 +278,7 @@ def get_args(argv=None):
     add("--env", help="the world; its data are collected if they are not there (default: the data set's, or pointmaze)")
     add("--data", help="data set folder, ours or DINO-WM's point_maze (default: datasets/ENV, or datasets/ENV_SIZE)")
     add("--img-size", type=positive, help="side of the frames in the data set, in pixels (default: its own, or 64)")
+    add("--system", metavar="NAME", help=f"a world model with eyes of its own instead: {', '.join(SYSTEMS)}")
     add("--encoder", default="pca", help="encoder of the frames: python encoders.py lists them, and `state` sees none")
     add("--encoder-img-size", type=positive, help="side to which the encoder resizes frames (default: its own)")
     add("--weights", help="the encoder's weights: a file, folder, hub repository or 'random' (default: the released)")
@@ -303,7 +286,8 @@ def get_args(argv=None):
     add("--num-hist", type=positive, default=3, help="number of frames that the transition model sees")
     add("--predictor", default="vit", choices=PREDICTORS, help="the transition model")
     add("--predictor-weights", metavar="PATH", help="released predictor from which vjepa2_ac starts")
-    add("--sizes", type=common.key_values(KNOWN_SIZES), default={}, help="sizes of the transition: depth=2,heads=4")
+    sizes = common.key_values(SYSTEM_SIZES | KNOWN_SIZES)
+    add("--sizes", type=sizes, default={}, help="sizes of the transition or the system: depth=2,heads=4")
     add("--rollout-steps", type=positive, help="frames imagined in training (default: vit 1, rwm 8, vjepa2_ac 2)")
     variant = "follow DINO-WM's released code, or its text: DINOv2 sees 224 px, an MLP embeds actions, no proprio"
     add("--variant", choices=("repository", "paper"), default="repository", help=variant)
@@ -321,6 +305,8 @@ def get_args(argv=None):
     add("--log", choices=LOGS, help="also send the numbers of log.csv there")
     add("--bench", action="store_true", help="measure how fast models of two sizes learn, instead of training one")
     args = parser.parse_args(argv)
+    if args.system:
+        return system_args(args, parser)
     args.rollout_steps = args.rollout_steps or PREDICTORS[args.predictor].rollout_steps
     if args.variant == "paper" and args.predictor != "vit":
         raise UserError(f"--variant paper is DINO-WM's, for --predictor vit, not {args.predictor}")
@@ -333,7 +319,7 @@ def get_args(argv=None):
 def main():
     args = get_args()
     if args.bench:
-        return [bench(size, torch.device(args.device)) for size in ("laptop", "paper")]
+        return [bench_training(size, torch.device(args.device)) for size in ("laptop", "paper")]
     train(args)
 
 

@@ -94,7 +94,7 @@ def measure(args, env_name, encoder, seed, steps):
     start = time.perf_counter()
     train.train(train_args(args, env_name, encoder, seed, steps))
     trained = time.perf_counter()
-    model, env = WorldModel.load(directory, device), make_env(env_name, args.img_size)
+    model, env = WorldModel.from_pretrained(directory, device), make_env(env_name, args.img_size)
     settings = plan.settle(plan_args(args, seed), PLANNER["planner"], model)
     problems = plan.get_problems(env, settings, model)
 

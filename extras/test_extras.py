@@ -81,7 +81,7 @@ def test_horizon_error_of_the_truth_is_zero(monkeypatch):
 
 def test_runs_of_different_worlds_have_no_common_horizon(workplace, script):
     for name, frameskip in (("a", 5), ("b", 1)):
-        state_model(frameskip).save(f"runs/{name}")
+        state_model(frameskip).save_pretrained(f"runs/{name}")
     code, _, err = script("extras.horizon", "--ckpt", "runs/a", "runs/b", "--steps", 3)
     assert code == 2 and "only runs of one environment, --img-size and --frameskip can be compared" in err
     assert not (workplace / "plan_outputs").exists()

@@ -6,7 +6,7 @@ import torch
 import encoders
 import plan
 import predictor
-from lib import common, processes
+from lib import common, processes, speed
 from lib.vjepa import attend
 from test_all import refused
 
@@ -42,7 +42,7 @@ def test_pca_sees_the_same_in_bfloat16():
 @pytest.mark.parametrize("name", ["train", "plan"])
 def test_bench_compares_two_sizes(script, monkeypatch, name):
     """The paper's size is made smaller here. Every function that is timed runs once."""
-    monkeypatch.setattr(predictor, "PAPER", predictor.LAPTOP | {"depth": 1})
+    monkeypatch.setattr(speed, "PAPER", predictor.LAPTOP | {"depth": 1})
     monkeypatch.setattr(processes, "per_second", lambda calls, seconds: {n: 1 + abs(f()) for n, f in calls.items()})
     code, out, err = script(name, "--bench")
     assert code == 0, err

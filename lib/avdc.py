@@ -1,0 +1,249 @@
+"""AVDC (Ko et al., 2023, arXiv:2310.08576; github.com/flow-diffusion/AVDC): draw a film to the goal, and act it out.
+
+A diffusion model draws the next FRAMES frames x, given the last ones and the goal, which is the last frame of the film
+(section 3.1, and as released):
+
+    x_t = alpha_t x + sigma_t n,    n ~ N(0, 1),    alpha_t^2 = 1 - sigma_t^2 = prod_{s <= t} (1 - beta_s)
+    v = alpha_t n - sigma_t x                                  the target of the network (Salimans & Ho, 2022)
+    L = mean min(SNR_t, 5) / (SNR_t + 1) ||v^(x_t, t) - v||^2,       SNR_t = alpha_t^2 / sigma_t^2 (Hang et al., 2023)
+
+with the cosine schedule of Nichol & Dhariwal (2021). A film is drawn from noise in a few steps t -> t' of DDIM (Song et
+al., 2021), without new noise:
+
+    x^ = alpha_t x_t - sigma_t v^,    n^ = sigma_t x_t + alpha_t v^,    x_t' = alpha_t' x^ + sigma_t' n^
+
+An inverse model g, which learns from the same frames and actions, reads the actions from the film and what was before:
+
+    L = mean_k ||g(x)_k - a_k||^2
+
+Deviations:
+- The network says x^, from which v^ = (alpha_t x_t - x^) / sigma_t follows. The loss is the same, and a small network
+  need not repeat the noise. All networks see and draw how a frame differs from the background, the mean of the first
+  batch, CONTRAST times as strongly, because the ball is 0.5 % of the pixels.
+- AVDC reads actions from dense optical flow, and knows the goal as a text. Here the goal is an image, as it is for all
+  the systems, and in training the last frame of the film itself. Of 100 development goals it reached .82 within 10
+  plans, a random policy .64. With goals 5 to 12 steps away, and an inverse model of three frames, it was no better.
+- The U-Net draws frames of 32 x 32 pixels, of which it folds 4 x 4 into one. As released, a convolution in space is
+  followed by one in time; but there is no attention, and one block where the release has two or three.
+- No moving average of the weights, since the learning rate falls to zero.
+
+    python train.py --system avdc && python plan.py
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lib.common import UserError, to_frames
+from lib.systems import System
+
+FRAMES, PAST = 5, 2  # frames that are drawn, and that are known: two show a speed (the paper: 7 and 1)
+SIDE, PATCH = 32, 4  # pixels of a drawn frame, and of those that are folded into one (the paper: 128 and 1)
+CONTRAST = 4  # by which a frame's difference to the background is multiplied
+
+# ---- The diffusion -------------------------------------------------------------------------------
+
+
+def cosine_schedule(timesteps, s=0.008):
+    """alpha and sigma (timesteps,): alpha_t^2 goes as cos^2(pi / 2 (t / T + s) / (1 + s)), and beta_t <= 0.999."""
+    t = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
+    alpha2 = torch.cos((t + s) / (1 + s) * math.pi / 2) ** 2
+    beta = (1 - alpha2[1:] / alpha2[:-1]).clamp(max=0.999)
+    alpha2 = (1 - beta).cumprod(0)
+    return alpha2.sqrt().float(), (1 - alpha2).sqrt().float()
+
+
+class Diffusion(nn.Module):
+    """Noise, target and sampling, for any network(x_t, t, *condition) -> v^."""
+
+    def __init__(self, timesteps=100):
+        super().__init__()
+        alpha, sigma = cosine_schedule(timesteps)
+        snr = (alpha / sigma) ** 2
+        for name, table in {"alpha": alpha, "sigma": sigma, "weight": snr.clamp(max=5) / (snr + 1)}.items():
+            self.register_buffer(name, table, persistent=False)
+
+    def at(self, t, x):
+        """alpha_t and sigma_t at the times t (B,), in a shape to be multiplied with x (B, ...)."""
+        return (table[t].view(-1, *[1] * (x.dim() - 1)) for table in (self.alpha, self.sigma))
+
+    def noised(self, x, t, noise):
+        """x_t, and the target v."""
+        alpha, sigma = self.at(t, x)
+        return alpha * x + sigma * noise, alpha * noise - sigma * x
+
+    def loss(self, network, x, *condition):
+        """The loss, and x^: the films as they are cleaned in one step."""
+        t, noise = torch.randint(len(self.alpha), x.shape[:1], device=x.device), torch.randn_like(x)
+        x_t, v = self.noised(x, t, noise)
+        said = network(x_t, t, *condition)
+        alpha, sigma = self.at(t, x)
+        return (self.weight[t] * (said - v).square().flatten(1).mean(1)).mean(), (alpha * x_t - sigma * said).detach()
+
+    def draw(self, network, x, steps, *condition):
+        """Films out of the noise x, in `steps` steps of DDIM."""
+        times = torch.linspace(-1, len(self.alpha) - 1, steps + 1).int().flip(0).tolist()
+        for t, after in zip(times, times[1:], strict=False):
+            v, alpha, sigma = network(x, x.new_full(x.shape[:1], t).long(), *condition), self.alpha[t], self.sigma[t]
+            clean, noise = alpha * x - sigma * v, sigma * x + alpha * v
+            x = clean if after < 0 else self.alpha[after] * clean + self.sigma[after] * noise
+        return x
+
+
+# ---- The networks, for films (B, T, C, h, w) -----------------------------------------------------
+
+
+def each(layer, film):
+    """A layer for pictures, on each frame of a film."""
+    return layer(film.flatten(0, 1)).unflatten(0, film.shape[:2])
+
+
+class VideoConv(nn.Module):
+    """A convolution in space, and then one in time, which begins as the identity."""
+
+    def __init__(self, i, o, stride=1):
+        super().__init__()
+        self.space, self.time = nn.Conv2d(i, o, 3, stride, padding=1), nn.Conv1d(o, o, 3, padding=1)
+        nn.init.dirac_(self.time.weight)
+        nn.init.zeros_(self.time.bias)
+
+    def forward(self, x):
+        x = each(self.space, x)
+        y = x.permute(0, 3, 4, 2, 1)  # (B, h, w, C, T)
+        return self.time(y.flatten(0, 2)).view(y.shape).permute(0, 4, 3, 1, 2)
+
+
+class VideoBlock(nn.Module):
+    """A residual block, to which an embedding (B, E) says the time of the diffusion."""
+
+    def __init__(self, i, o, embedding):
+        super().__init__()
+        self.before = nn.Sequential(nn.GroupNorm(8, i), nn.SiLU())
+        self.conv1, self.embedded = VideoConv(i, o), nn.Sequential(nn.SiLU(), nn.Linear(embedding, o))
+        self.between, self.conv2 = nn.Sequential(nn.GroupNorm(8, o), nn.SiLU()), VideoConv(o, o)
+        self.skip = nn.Conv2d(i, o, 1) if i != o else nn.Identity()
+
+    def forward(self, x, embedding):
+        h = self.conv1(each(self.before, x)) + self.embedded(embedding)[:, None, :, None, None]
+        return each(self.skip, x) + self.conv2(each(self.between, h))
+
+
+class VideoUNet(nn.Module):
+    """What it says of a film at the times t (B,) of the diffusion. The `condition` (B, C', h, w) is laid beside each
+    frame."""
+
+    def __init__(self, channels, condition, width):
+        super().__init__()
+        self.width, E = width, 4 * width
+        self.embed = nn.Sequential(nn.Linear(width, E), nn.SiLU(), nn.Linear(E, E))
+        self.begin = VideoConv(channels + condition, width)
+        self.down, self.shrink = VideoBlock(width, width, E), VideoConv(width, width, stride=2)
+        self.low, self.middle = VideoBlock(width, 2 * width, E), VideoBlock(2 * width, 2 * width, E)
+        self.high, self.grow = VideoBlock(4 * width, 2 * width, E), VideoConv(2 * width, width)
+        self.up = VideoBlock(2 * width, width, E)
+        self.end = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, channels, 3, padding=1))
+
+    def forward(self, x, t, condition):
+        half = self.width // 2
+        angle = t[:, None] * torch.exp(-math.log(10000) * torch.arange(half, device=x.device) / half)
+        e = self.embed(torch.cat([angle.cos(), angle.sin()], 1))  # (B, E)
+        x = torch.cat([x, condition[:, None].expand(-1, x.shape[1], -1, -1, -1)], 2)
+        fine = self.down(self.begin(x), e)  # (B, T, width, h, w)
+        coarse = self.low(self.shrink(fine), e)  # (B, T, 2 width, h / 2, w / 2)
+        x = self.high(torch.cat([self.middle(coarse, e), coarse], 2), e)
+        x = self.grow(each(nn.Upsample(scale_factor=2), x))  # (B, T, width, h, w)
+        return each(self.end, self.up(torch.cat([x, fine], 2), e))
+
+
+class InverseModel(nn.Module):
+    """The actions, in standard deviations, that lead from each frame of a film to the next one."""
+
+    def __init__(self, width, action_dim):
+        super().__init__()
+        half = lambda i, o: [nn.Conv2d(i, o, 5, stride=2, padding=2), nn.SiLU()]  # noqa: E731
+        self.see = nn.Sequential(*half(3, 16), *half(16, 32), nn.Flatten(), nn.Linear(32 * (SIDE // 4) ** 2, width))
+        layers = [nn.Conv1d(width, 2 * width, 3, padding=1), nn.SiLU(), nn.Conv1d(2 * width, 2 * width, 3, padding=1)]
+        self.read = nn.Sequential(*layers, nn.SiLU(), nn.Conv1d(2 * width, action_dim, 3, padding=1))
+
+    def forward(self, film):
+        """Films (B, T, 3, SIDE, SIDE) -> actions (B, T - 1, A)."""
+        return self.read(each(self.see, film).mT).mT[:, :-1]
+
+
+# ---- The system ----------------------------------------------------------------------------------
+
+
+class AVDC(System):
+    """`width` is the U-Net's and the inverse model's. As released for Meta-World it is 128, on five levels with two
+    blocks each; training has 60,000 steps of 16 films, with Adam and a learning rate of 1e-4, and DDIM has 100."""
+
+    name, num_frames, batch_size, steps, lr = "avdc", PAST + FRAMES, 16, 1000, 1e-3
+    history = context = PAST
+    sizes, ddim_steps = dict(width=64), 10
+
+    def build(self, img_size, width):
+        if width % 8:
+            raise UserError(f"--sizes width={width} is not a multiple of the 8 groups that avdc normalises")
+        pixels = 3 * PATCH**2
+        self.diffusion, self.unet = Diffusion(), VideoUNet(pixels, (PAST + 1) * pixels, width)
+        self.inverse, self.img_size = InverseModel(width, self.action_dim), img_size
+        self.register_buffer("background", torch.zeros(3, SIDE, SIDE))
+
+    def small(self, frames):
+        """Frames (B, T, H, W, 3) of 0 to 255 -> what is drawn of them, (B, T, 3, SIDE, SIDE)."""
+        images = F.interpolate(frames.flatten(0, 1).movedim(-1, 1).float() / 127.5 - 1, (SIDE, SIDE), mode="area")
+        if self.training and not self.background.any():
+            self.background.copy_(images.mean(0))
+        return CONTRAST * (images - self.background).unflatten(0, frames.shape[:2])
+
+    def encode(self, obs):
+        """The small frames as they are drawn, each one token of all its pixels."""
+        visual = self.small(obs["visual"]).flatten(2)[:, :, None]  # (B, T, 1, 3 * SIDE * SIDE)
+        return {"visual": visual, "proprio": visual[:, :, 0, :0]}
+
+    def decode(self, visual):
+        """Frames as `encode` returns them -> frames (B, T, H, W, 3) uint8. Nobody sees more than the small ones."""
+        small = visual.unflatten(-1, (3, SIDE, SIDE)).flatten(0, 2) / CONTRAST + self.background
+        images = F.interpolate((small.clamp(-1, 1) + 1) / 2, (self.img_size, self.img_size))
+        return to_frames(images).reshape(*visual.shape[:2], self.img_size, self.img_size, 3)
+
+    def network(self, x, t, known):
+        """v^ of films x (B, FRAMES, 3, SIDE, SIDE), given the last frames and the goal, `known` (B, PAST + 1, ...)."""
+        condition, (alpha, sigma) = F.pixel_unshuffle(known, PATCH).flatten(1, 2), self.diffusion.at(t, x)
+        clean = F.pixel_shuffle(self.unet(F.pixel_unshuffle(x, PATCH), t, condition), PATCH)  # x^
+        return (alpha * x - clean) / sigma
+
+    def loss(self, batch, *_):
+        """Frames (B, T, H, W, 3) and actions (B, T, A) -> the loss and its parts. `visual` is the squared error of the
+        films as they are cleaned in one step, from any time of the diffusion."""
+        frames, now = self.small(batch["visual"]), PAST - 1
+        film, known = frames[:, PAST:], torch.cat([frames[:, :PAST], frames[:, -1:]], 1)
+        diffusion, clean = self.diffusion.loss(self.network, film, known)
+        actions = self.encode_action(batch["action"][:, now:-1])
+        inverse = F.mse_loss(self.inverse(frames)[:, now:], actions)
+        parts = {"visual": self.criterion(clean, film), "diffusion": diffusion.detach(), "inverse": inverse.detach()}
+        return diffusion + inverse, parts
+
+    @torch.no_grad()
+    def draw(self, past, goal):
+        """The last frames (B, PAST, H, W, 3) and the goals (B, H, W, 3), uint8 -> films (B, FRAMES, 3, SIDE, SIDE) of
+        what comes next. Their noise follows from what is seen, so that a run can be repeated."""
+        generator = torch.Generator().manual_seed(past.long().sum().item())
+        noise = torch.randn(len(past), FRAMES, 3, SIDE, SIDE, generator=generator).to(past.device)
+        known = torch.cat([self.small(past), self.small(goal[:, None])], 1)
+        return self.diffusion.draw(self.network, noise, self.ddim_steps, known)
+
+    @torch.no_grad()
+    def plan(self, worlds, problems, steps):
+        """The actions (B, steps, A), in standard deviations, that the problems (B,) of plan.Worlds should take now."""
+        if steps > FRAMES:
+            raise UserError(f"--goal-H {steps} is more than the {FRAMES} frames that avdc draws")
+        past, goal = (
+            torch.from_numpy(obs["visual"][problems]).to(self.background.device)
+            for obs in (worlds.past, worlds.goal_obs)
+        )
+        past = torch.cat([past[:, :1], past], 1)[:, -PAST:]  # at rest before the first frame
+        film = torch.cat([self.small(past), self.draw(past, goal)], 1)
+        return self.inverse(film)[:, PAST - 1 :][:, :steps]
