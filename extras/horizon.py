@@ -7,8 +7,8 @@ shows a frame with the visual latent z_h, and the model has imagined z^_h:
 
 At e_h = 1 imagination is as bad as always saying the mean. Each curve stands beside two others: "copy" says the last
 known frame again, and "simulator" is the true world from a state moved by a hundredth of the data's standard deviation.
-A world that cannot be put into a state, or that is not one of ours, has left its trajectories in a data set: they are
-windows of the validation episodes, and there is no simulator.
+If the world cannot be put into a state, or is not one of ours, the trajectories are windows of the validation episodes
+of the model's data set, and there is no simulator.
 
     python -m extras.horizon --ckpt runs/a runs/b --steps 20
 
