@@ -3,16 +3,17 @@
 A data set is a folder of flat arrays with one row per *model step*, which is `frameskip` environment steps:
 
     frames   (S, H, W, 3) uint8     what is seen at the row
-    states   (S, P) float32         the true state at the row; in PointMaze it is also the proprioception
+    states   (S, P) float32         the true state at the row, which a world model sees as proprioception; P may be 0
     actions  (S, frameskip*DoF)     the environment actions taken from this row on, concatenated
     rewards  (S,), dones (S,)       what these actions earned, and whether they ended the episode
     episode_ends (E,)               the row after the last one of each episode
-    meta.json                       environment, seed, policy, image size, frameskip, version
+    meta.json                       environment, image size, frameskip, version; seed and policy, or the source
 
 Frames between two rows are never rendered: with `frameskip=5` that makes collection five times as fast. The worlds
 themselves are in lib/pointmaze.py and lib/worlds.py.
 
     python data.py --env pointmaze --episodes 2000        # collect into datasets/pointmaze
+    python data.py --from PATH                            # import your own: lib/imports.py says what is known
     python data.py --inspect datasets/pointmaze           # shapes, statistics, contact_sheet.png
 """
 
@@ -26,6 +27,7 @@ import torch
 
 from lib import common, processes
 from lib.common import RANK, WORLD_SIZE, NpyWriter, Parser, UserError, positive, to_tensor, tqdm
+from lib.imports import KNOWN, open_source
 from lib.pictures import write_strips
 from lib.worlds import ENVIRONMENTS, EpisodePool
 
@@ -57,7 +59,7 @@ def write_dataset(out, episodes, total, meta):
         raise UserError(f"{out} is there: remove it, or choose another folder")
     with common.partial(out, folder=True) as partial:
         writers, ends = {}, []
-        for episode in tqdm(episodes, total=total, desc=f"collect {meta['env']}", unit="episode"):
+        for episode in tqdm(episodes, total=total, desc=f"write {out}", unit="episode"):
             for name, rows in episode.items():
                 if name not in writers:
                     writers[name] = NpyWriter(partial / f"{name}.npy", rows.shape[1:], rows.dtype)
@@ -112,7 +114,7 @@ class Dataset:
             "the arrays have different numbers of rows": {len(getattr(self, name)) for name in self.ARRAYS} != {rows},
             f"episode_ends do not end with row {rows}": len(ends) and ends[-1] != rows,
             "frames are not square and in three colours": self.frames.shape[1:] != (meta.get("img_size"),) * 2 + (3,),
-            "states or actions are empty": not self.states.shape[1] or not self.actions.shape[1],
+            "actions are empty": not self.actions.shape[1],
             "actions do not divide by frameskip": known and self.actions.shape[1] % meta["frameskip"] != 0,
         }
         if found := [problem for problem, true in problems.items() if true]:
@@ -238,7 +240,7 @@ def inspect(dataset):
     for name in dataset.ARRAYS:
         array = getattr(dataset, name)
         sample = array[:: max(1, len(array) // (500 if name == "frames" else 5000))].astype(np.float32)
-        stats = " ".join(f"{f(sample):8.3f}" for f in (np.min, np.mean, np.std, np.max))
+        stats = " ".join(f"{f(sample):8.3f}" for f in (np.min, np.mean, np.std, np.max) if sample.size)
         print(f"{name:8} {str(array.shape):22} {str(array.dtype):8} {stats}")
     spans = list(zip(dataset.episode_starts, dataset.episode_ends, strict=True))[:8]
     films = [dataset.frames[np.linspace(start, end - 1, 10).round().astype(int)] for start, end in spans]
@@ -249,20 +251,28 @@ def inspect(dataset):
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--env", default="pointmaze", help=f"the world: {', '.join(ENVIRONMENTS)}")
+    add("--env", help=f"the world: {', '.join(ENVIRONMENTS)} (default: pointmaze; with --from, what the data say)")
+    add("--from", dest="source", metavar="PATH", help=f"import episodes instead of collecting: {KNOWN}")
     add("--episodes", type=positive, default=2000, help="number of episodes to collect")
     add("--steps", type=positive, default=20, help="model steps (rows) per episode")
     add("--frameskip", type=positive, default=5, help="environment steps per model step")
-    add("--img-size", type=positive, default=64, help="side of the frames in pixels")
+    size = "side of the frames in pixels; those of --from are cropped to their middle square, and resized"
+    add("--img-size", type=positive, default=64, help=size)
     add("--seed", type=common.seed_number, default=0, help="the same seed gives the same data set")
     add("--workers", type=positive, default=os.cpu_count(), help="number of processes")
-    add("--out", help="folder to write (default: datasets/ENV, or datasets/ENV_SIZE if the size is not 64)")
+    name = "folder to write (default: datasets/ENV, or the name of what is imported; with _SIZE if that is not 64)"
+    add("--out", help=name)
     add("--inspect", metavar="DIR", help="describe this data set instead of collecting one")
     args = parser.parse_args()
     if args.inspect:
         return inspect(open_dataset(args.inspect))
-    out = args.out or default_folder(args.env, args.img_size)
-    dataset = collect(out, args.env, args.episodes, args.steps, args.frameskip, args.img_size, args.seed, args.workers)
+    if args.source:
+        out = args.out or default_folder(Path(args.source).resolve().stem, args.img_size)
+        dataset = write_dataset(out, *open_source(args.source, args.env, args.img_size, args.frameskip))
+    else:
+        env, sizes = args.env or "pointmaze", (args.episodes, args.steps, args.frameskip, args.img_size)
+        out = args.out or default_folder(env, args.img_size)
+        dataset = collect(out, env, *sizes, args.seed, args.workers)
     print(f"{len(dataset)} episodes, {len(dataset.frames)} frames in {out}")
 
 

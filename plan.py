@@ -43,7 +43,7 @@ from lib.common import RANK, UserError, positive
 from lib.pointmaze import SHIFTS
 from lib.speed import bench_planning
 from lib.waypoints import Graph, Route
-from lib.worlds import make_env
+from lib.worlds import can_be_set, make_env
 from predictor import WorldModel, load_model
 
 CONTROLS = {"random": "random policy", "oracle": "true simulator"}
@@ -267,10 +267,11 @@ class Worlds:
 
 def open_world(model, shift=None):
     """The environment that a model was trained on, in which problems can be set."""
-    env = make_env(model.world["env"], model.world["img_size"], shift)
-    if not hasattr(env, "set_state"):
-        raise UserError(f"{model.world['env']} cannot be put into a start and a goal state: plan in a PointMaze")
-    return env
+    name = model.world["env"]
+    if not can_be_set(name):
+        does = "python -m extras.horizon measures how well the model imagines it, train.py --decoder shows it"
+        raise UserError(f"{name} cannot be put into a start and a goal state, so no plan can be tried in it; {does}")
+    return make_env(name, model.world["img_size"], shift)
 
 
 def open_episodes(args, model):

@@ -34,6 +34,7 @@ from lib.common import RANK, WORLD_SIZE, UserError, positive, tqdm
 from lib.logs import LOGS, open_log
 from lib.speed import bench_training
 from lib.systems import SYSTEM_SIZES, SYSTEMS, system_args, system_class
+from lib.worlds import can_be_set
 from predictor import LAPTOP, PREDICTORS, SIZES, WorldModel
 
 FIT_FRAMES = 20_000  # how many training frames are shown to an encoder that is fitted
@@ -75,6 +76,8 @@ def train(args):
     for flag, wanted in (("env", env), ("img_size", img_size)):
         if dataset.meta[flag] != wanted:
             raise UserError(f"{dataset.path} has --{flag.replace('_', '-')} {dataset.meta[flag]}, and not {wanted}")
+    if args.encoder == "state" and not dataset.states.shape[1]:
+        raise UserError(f"--encoder state has nothing to see: {dataset.path} has no states")
     print(f"{dataset.path}: {len(dataset)} episodes, frameskip {dataset.meta['frameskip']}")
     train_episodes, val_episodes = dataset.split()
     num_frames = system.num_frames if system else args.num_hist + args.rollout_steps
@@ -172,7 +175,8 @@ def train(args):
     common.remove(unfinished)
     bar.close()
     print(f"{directory}: next-latent error {log[-1]['val_visual']:.4f}, copying the last frame {log[-1]['copy']:.4f}")
-    print(f"plan with it: python plan.py --ckpt {directory}")
+    what = "plan with it: python plan.py" if can_be_set(env) else "see how far it imagines: python -m extras.horizon"
+    print(f"{what} --ckpt {directory}")
 
 
 def learning_rate(step, total_steps, warmup=0.05):

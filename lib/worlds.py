@@ -20,17 +20,23 @@ from lib.processes import Workers
 
 
 class Screen(gym.Env):
-    """A world that is known by its frames alone: the upper `ROWS` rows of its `screen`, scaled down."""
+    """A world that is known by its frames: the upper `ROWS` rows of its `screen`, scaled down. `begin` says how an
+    episode begins, and `act` what an action does. The first `proprio_dim` numbers of its `state` are seen, too."""
 
-    metadata = {"render_modes": ["rgb_array"]}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
     render_mode = "rgb_array"
 
-    def __init__(self, img_size, low, high):
-        self.img_size, self.observation_space = img_size, observation_space(img_size, 0)
+    def __init__(self, img_size, low, high, proprio_dim=0):
+        self.img_size, self.observation_space = img_size, observation_space(img_size, proprio_dim)
+        self.proprio_dim = proprio_dim
         self.action_space = gym.spaces.Box(np.float32(low), np.float32(high))
 
+    def begin(self, seed):
+        """Begins an episode: in a random state, if the world can be put into one."""
+        self.set_state(self.sample_state(self.np_random))
+
     def observe(self):
-        return {"visual": self.render(), "proprio": np.zeros(0, np.float32)}
+        return {"visual": self.render(), "proprio": np.float32(self.state[: self.proprio_dim])}
 
     def render(self):
         """(img_size, img_size, 3) uint8: every pixel is the mean of the area that it covers."""
@@ -106,6 +112,7 @@ class TakeCover(Screen):
     """
 
     ROWS = 200  # of 240, as in the paper's code
+    metadata = Screen.metadata | {"render_fps": 35}
 
     def __init__(self, img_size=64):
         import vizdoom.gymnasium_wrapper  # noqa: F401  (registers the environments)
@@ -131,7 +138,7 @@ class TakeCover(Screen):
 class DreamEnv(gym.Env):
     """One dream of vae_mdnrnn.py: `proprio` is what C sees, [z h], and `render()` is what V imagines."""
 
-    metadata = {"render_modes": ["rgb_array"]}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
     render_mode = "rgb_array"
 
     def __init__(self, dream, vae):
@@ -182,6 +189,12 @@ def make_env(name, img_size=64, shift=None):
         return ENVIRONMENTS[name](img_size=img_size, **{"shift": shift} if shift else {})
     except ModuleNotFoundError as error:
         raise UserError(f"{name} needs {error.name}: pip install -r requirements.txt") from None
+
+
+def can_be_set(name):
+    """Whether the environment called `name` is one of ours that can be put into a state, so that one can plan in it."""
+    world = ENVIRONMENTS.get(name)
+    return hasattr(getattr(world, "func", world), "set_state")
 
 
 # ---- Episodes ------------------------------------------------------------------------------------
