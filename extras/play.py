@@ -125,6 +125,7 @@ class DreamGame:
                     side.step(self.args.max_steps)
 
     async def tick(self):
+        """The page's clock calls it FPS times a second. Somebody has to play, and to look."""
         self.begun = self.begun or self.c_plays
         if self.begun and self.tab == "Dream":
             await asyncio.wrap_future(self.thread.submit(self.step))
@@ -244,7 +245,7 @@ class PlanGame:
 
 CSS = """
 body { background: #0d1420; color: #dbe4f0 }
-.picture { width: min(44vw, 54vh); aspect-ratio: 1; border-radius: 6px; overflow: hidden; background: #18222f }
+.picture { width: min(44vw, 52vh); aspect-ratio: 1; border-radius: 6px; overflow: hidden; background: #18222f }
 .picture img { image-rendering: pixelated }
 .count { white-space: pre }
 """

@@ -1,4 +1,4 @@
-"""Keeps of a run what one needs to play with it: weights as float16, and where dreams begin. No data, no checkpoints.
+"""Keeps of a run what one needs to play with it: weights, as float16, and where dreams begin; no data.
 
     python -m extras.ship runs/worldmodels_takecover assets/models/takecover
     python -m extras.ship runs/pointmaze_pca assets/models/pointmaze
