@@ -35,7 +35,7 @@ from lib import common, pictures, processes
 from lib.common import RANK, WORLD_SIZE, UserError, bfloat16, fit, to_frames, to_tensor, tqdm
 from lib.decoders import OnePixelDeconv
 from lib.logs import open_log
-from lib.recipes import RUN_FLAGS, c_names, first_held_out, load_data, load_search, need, parse_args
+from lib.recipes import RUN_FLAGS, c_names, first_held_out, load_data, load_search, load_starts, need, parse_args
 from lib.worlds import BATCH, DreamEnv, EpisodePool, play_alone
 
 # ---- V: what is seen, in few numbers -------------------------------------------------------------
@@ -620,8 +620,7 @@ def make_controller(args):
 def make_dream(args, rnn, name):
     """The dream of the C called `name`, which says the temperature."""
     tau = float(name.removeprefix("dream_tau")) if name.startswith("dream") else 1.0
-    dataset, latents = load_data(args)
-    return Dream(rnn, latents[:, dataset.episode_starts], tau, args.max_steps, args.cell, args.seed)
+    return Dream(rnn, load_starts(args), tau, args.max_steps, args.cell, args.seed)
 
 
 def load_c(args, name):

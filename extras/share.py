@@ -1,27 +1,32 @@
-"""Shares a trained model on the Hugging Face hub, with a card that says how it was made and what it can do.
+"""Gives a trained model away: to the Hugging Face hub, with a card that tells how it was made, or into a small folder.
 
     python -m extras.share runs/pointmaze_pca USER/NAME             # then anyone: python plan.py --ckpt USER/NAME
     python -m extras.share runs/worldmodels_takecover USER/NAME     # V, M and C of vae_mdnrnn.py
-    python -m extras.share runs/pointmaze_pca USER/NAME --dry-run   # shows the card and the files, and sends nothing
+    python -m extras.share runs/pointmaze_pca --dry-run             # shows the card and the files, and sends nothing
+    python -m extras.share runs/worldmodels_takecover --folder assets/models/takecover --half
 
-Everything goes into one commit: the model (safetensors and JSON, nothing that could be executed), the flags of the run,
-and README.md, the card, with the results of plan.py or of `vae_mdnrnn.py test` if there are any. It takes the token of
-`hf auth login`.
+A model is shared as safetensors and JSON, which hold nothing that could be executed, with the flags of its run. Dreams
+begin at the first latents of episodes, in starts.npy, so that nobody needs the data. The hub gets everything in one
+commit, with README.md, the card, in which the results of plan.py or of `vae_mdnrnn.py test` stand if there are any. It
+takes the token of `hf auth login`. What is shared is a run again: plan.py and extras.play take its folder.
 """
 
+import io
 from pathlib import Path
 
 import huggingface_hub as hub
 import numpy as np
+import safetensors.torch
 
 import train
+import vae_mdnrnn as wm
 from lib import common
 from lib.common import UserError
-from lib.recipes import parse_args
+from lib.recipes import load_starts, open_run, parse_args
 from lib.weights import model_folder
+from predictor import WorldModel
 
-MODEL = "config.json", "model.safetensors", "args.json", "curves.png", "imagined.gif"
-WORLD_MODELS = "vae.safetensors", "rnn.safetensors", "args.json", "dream.gif", "reconstructions.png"
+PICTURES = "curves.png", "imagined.gif", "reconstructions.png", "dream.gif"
 
 
 def command(script, flags, default):
@@ -34,67 +39,96 @@ def command(script, flags, default):
     return text
 
 
-def describe_model(run, plans):
-    """What the card says of a world model that plan.py plans with: title, text, and files."""
-    folder, flags = model_folder(run), common.read_json(Path(run) / "args.json")
-    config, table = common.read_json(folder / "config.json"), Path(plans) / "table.md"
-    made = command("train.py", flags, vars(train.get_args([])))
+def share_model(run, plans):
+    """What is shared of a run of train.py: the card's text, the files {name: bytes} and the paths of safetensors."""
+    folder, flags = model_folder(run), common.read_json(run / "args.json")
+    WorldModel.from_pretrained(run)  # it is whole
+    config, table = common.read_json(folder / "config.json"), plans / "table.md"
+    what = f"the encoder `{config['encoder']}` and the transition model `{config['predictor']}`"
     text = (
-        f"A world model of `{config['world']['env']}` with the encoder `{config['encoder']}` and the transition model "
+        f"A world model of `{config['world']['env']}`, with {config.get('system') or what}. It imagines what actions "
     )
-    text += f"`{config['predictor']}`. It imagines what actions lead to in the encoder's latent space.\n\n"
-    text += f"```bash\n{made}\npython plan.py --ckpt REPOSITORY\n```\n"
+    made = command("train.py", flags, vars(train.get_args([])))
+    text += f"lead to in a latent space.\n\n```bash\n{made}\npython plan.py --ckpt REPOSITORY\n```\n"
     if table.exists():
-        if Path(common.read_json(next(Path(plans).rglob("results.json")))["args"]["ckpt"]) != Path(run):
+        if Path(common.read_json(next(plans.rglob("results.json")))["args"]["ckpt"]).resolve() != run.resolve():
             raise UserError(f"{plans} has the results of another run: give --plans, or plan with --ckpt {run}")
         text += f"\nSuccess in reaching goal images, with 95 % intervals:\n\n{table.read_text()}"
-    return text, [folder / name for name in MODEL]
+    return text, {"config.json": (folder / "config.json").read_bytes()}, [folder / "model.safetensors"]
 
 
-def describe_world_models(run):
-    """The same for V, M and C."""
-    flags, found = common.read_json(run / "args.json"), sorted(run.glob("c_*.safetensors"))
-    default = vars(parse_args(["all", "--env", flags["env"]], ["all"], ""))
-    made = command("vae_mdnrnn.py all", {"env": flags["env"], **flags}, {**default, "env": None})
-    text = f"V, M and C of World Models (Ha & Schmidhuber, 2018, arXiv:1803.10122) for `{flags['env']}`.\n\n"
+def share_dream(run):
+    """The same of a run of vae_mdnrnn.py. C goes without the course of its search."""
+    args, flags = open_run(run, wm.STEPS), common.read_json(run / "args.json")
+    wm.load_models(args)  # they are whole
+    default = vars(parse_args(["all", "--env", args.env], ["all"], ""))
+    made = command("vae_mdnrnn.py all", {"env": args.env, **flags}, {**default, "env": None})
+    text = f"V, M and C of World Models (Ha & Schmidhuber, 2018, arXiv:1803.10122) for `{args.env}`.\n\n"
     text += f"```bash\n{made}\nhf download REPOSITORY --local-dir {run}\npython -m extras.play --run {run}\n```\n"
-    if (run / "test.json").exists():
+    if (args.run / "test.json").exists():
         rows = [["player", "where", "return, mean ± standard deviation", "episodes"]]
-        for player, by_place in common.read_json(run / "test.json")["returns"].items():
+        for player, by_place in common.read_json(args.run / "test.json")["returns"].items():
             for where, returns in by_place.items():
                 rows.append([player, where, f"{np.mean(returns):.0f} ± {np.std(returns):.0f}", str(len(returns))])
         text += f"\n{common.markdown_table(rows)}"
-    return text, [*(run / name for name in WORLD_MODELS), *found]
+    starts = io.BytesIO()
+    np.save(starts, np.float32(load_starts(args)))
+    models = [args.run / "vae.safetensors", args.run / "rnn.safetensors", *sorted(args.run.glob("c_*.safetensors"))]
+    return text, {"starts.npy": starts.getvalue()}, models
+
+
+def as_bytes(path, half):
+    """The safetensors file at `path`, with float16 in place of float32 numbers if `half`."""
+    tensors = common.load_safetensors(path)
+    if half:
+        tensors = {name: t.half() if t.is_floating_point() else t for name, t in tensors.items()}
+    return safetensors.torch.save(tensors, {"format": "pt"})
+
+
+def send(repository, files, private, message):
+    parts = [hub.CommitOperationAdd(name, content) for name, content in files.items()]
+    try:
+        hub.create_repo(repository, private=private or None, exist_ok=True)
+        hub.create_commit(repository, parts, commit_message=message)
+    except Exception as error:  # its type depends on the version of huggingface_hub
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{repository} takes nothing ({reason}): log in with hf auth login, or try again") from None
+    print(f"{repository} has {len(parts)} files: https://huggingface.co/{repository}")
 
 
 def main():
-    parser = common.Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("repository", help="where it goes on the hub, USER/NAME; it is made if it is not there")
-    parser.add_argument("--plans", help="results of plan.py for the card (default: plan_outputs/ and the run's name)")
-    parser.add_argument("--private", action="store_true", help="make the repository a private one")
-    parser.add_argument("--dry-run", action="store_true", help="show the card and the files, and send nothing")
+    parser = common.Parser(description=__doc__.split(":")[0])
+    add = parser.add_argument
+    add("run", type=Path, help="folder of the run")
+    add("repository", nargs="?", help="where it goes on the hub, USER/NAME; it is made if it is not there")
+    add("--folder", type=Path, help="write the model to this folder, and send nothing")
+    add("--half", action="store_true", help="share float16 numbers, which need half the space")
+    add("--plans", type=Path, help="results of plan.py for the card (default: plan_outputs/ and the run's name)")
+    add("--private", action="store_true", help="make the repository a private one")
+    add("--dry-run", action="store_true", help="show the card and the files, and send nothing")
     args = parser.parse_args()
-    if (args.run / "vae.safetensors").exists():
-        text, files = describe_world_models(args.run)
-    else:
-        text, files = describe_model(args.run, args.plans or Path("plan_outputs") / args.run.resolve().name)
-    text = f"# {args.run.resolve().name}\n\n{text.replace('REPOSITORY', args.repository)}"
+    name = args.run.resolve().name
+    if not (args.repository or args.folder or args.dry_run):
+        raise UserError("give a repository USER/NAME, --folder or --dry-run")
+    if args.folder and args.folder.exists():
+        raise UserError(f"{args.folder} is there: remove it, or choose another folder")
+    dreams = (args.run / "vae.safetensors").exists() or list(args.run.glob("iteration*"))
+    plans = args.plans or Path("plan_outputs") / name
+    text, files, models = share_dream(args.run) if dreams else share_model(args.run, plans)
+    files |= {path.name: as_bytes(path, args.half) for path in models}
+    files["args.json"] = (args.run / "args.json").read_bytes()
+    if args.folder:
+        with common.partial(args.folder, folder=True) as folder:
+            for file, content in files.items():
+                (folder / file).write_bytes(content)
+        return print(f"{args.folder}: {sum(map(len, files.values())) / 1e6:.1f} MB")
+    repository, pictures = args.repository or "USER/NAME", [args.run / picture for picture in PICTURES]
     data = hub.ModelCardData(license="mit", tags=["world-model"], pipeline_tag="robotics")
-    card, files = f"---\n{data.to_yaml()}\n---\n\n{text}", [path for path in files if path.exists()]
+    card = f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{text.replace('REPOSITORY', repository)}"
+    files = {"README.md": card.encode()} | files | {path.name: path.read_bytes() for path in pictures if path.exists()}
     if args.dry_run:
-        return print(f"{card}\n{args.repository} would get README.md, {', '.join(path.name for path in files)}")
-    parts = [hub.CommitOperationAdd("README.md", card.encode())]
-    parts += [hub.CommitOperationAdd(path.name, str(path)) for path in files]
-    try:
-        hub.create_repo(args.repository, private=args.private or None, exist_ok=True)
-        hub.create_commit(args.repository, parts, commit_message=f"Add {args.run.resolve().name}")
-    except Exception as error:  # its type depends on the version of huggingface_hub
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(
-            f"{args.repository} takes nothing ({reason}): log in with hf auth login, or try again"
-        ) from None
-    print(f"{args.repository} has {len(parts)} files: https://huggingface.co/{args.repository}")
+        return print(f"{card}\n{repository} would get {', '.join(files)}")
+    send(repository, files, args.private, f"Add {name}")
 
 
 if __name__ == "__main__":

@@ -80,7 +80,12 @@ def test_v_m_and_c_are_shared(tmp_path, script, monkeypatch):
     code, _, err = script("extras.share", "run", "someone/dreams")
     assert code == 0, err
     shared = tmp_path / "hub" / "someone" / "dreams"
-    assert {path.name for path in shared.iterdir()} > {"README.md", "vae.safetensors", "c_dream_tau1.safetensors"}
+    assert {path.name for path in shared.iterdir()} > {
+        "README.md",
+        "starts.npy",
+        "vae.safetensors",
+        "c_dream_tau1.safetensors",
+    }
     card = (shared / "README.md").read_text()
     assert "vae_mdnrnn.py all --env pointmaze --max-steps 8 --episodes 6" in card
     assert "| dream_tau1 | real | " in card and "--sizes " + SMALL[SMALL.index("--sizes") + 1] in card
@@ -90,6 +95,7 @@ def test_what_wrong_input_gets(run_folder, script, monkeypatch):
     shown = script("extras.share", "runs/tiny", "a/b", "--dry-run")[1]
     assert "a/b would get README.md, config.json, model.safetensors, args.json" in shown
     assert_refused(script("extras.share", "runs/none", "a/b"), "no model at runs/none")
+    assert_refused(script("extras.share", "runs/tiny"), "give a repository USER/NAME, --folder or --dry-run")
 
     def refuse(*_, **__):
         raise OSError("no route\nto host")

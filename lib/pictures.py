@@ -1,5 +1,6 @@
 """All that is drawn, and how good a picture is: films, strips, plots, grids of pictures; PSNR, SSIM and LPIPS."""
 
+import base64
 import functools
 import math
 from pathlib import Path
@@ -162,3 +163,36 @@ def write_maze(path, walls, nodes, edges, problems):
         plot.set(aspect="equal", xticks=[], yticks=[])
     figure.legend(*plot.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=5)
     save_figure(path, figure, dpi=120)
+
+
+# ---- What a page in the browser shows ------------------------------------------------------------
+
+
+def data_uri(frame):
+    """A frame (H, W, 3) uint8 as the source of an image."""
+    png = imageio.imwrite("<bytes>", frame, extension=".png")
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def svg_lines(lines, size):
+    """SVG of two lines at most over a picture of `size` pixels, which they darken."""
+    style = 'fill="white" text-anchor="middle" font-family="Roboto, sans-serif"'
+    rows = zip(lines, ((0.5, 0.08), (0.58, 0.05)), strict=False)  # how far down they stand, how large they are
+    text = [f'<text x="50%" y="{size * y}" font-size="{size * h}" {style}>{line}</text>' for line, (y, h) in rows]
+    return '<rect width="100%" height="100%" opacity="0.6"/>' + "".join(text) if lines else ""
+
+
+def svg_plan(goal, clouds, way, size):
+    """SVG over a picture of `size` pixels of where a plan leads. All places are in pixels, to the right and down.
+
+    goal (2, 2) is its place, and one at the edge of what counts as reached; clouds, a list of (n, 2), are where the
+    candidates of each iteration end, the newest last; way (t, 2) is that of the best candidate.
+    """
+    circle = '<circle cx="{:.2f}" cy="{:.2f}" r="{:.2f}"/>'
+    edge = circle.format(*goal[0], np.linalg.norm(goal[1] - goal[0]))
+    svg = f'<g fill="none" stroke="white" stroke-width="{size / 200:.2f}">{edge}</g>'
+    for age, cloud in reversed(list(enumerate(reversed(clouds)))):
+        colour = f'"white" opacity="{0.5 * 0.7**age:.2f}"' if age else '"#ff4f9a"'
+        svg += f"<g fill={colour}>{''.join(circle.format(*place, size / 128) for place in cloud)}</g>"
+    points = " ".join(f"{x:.2f},{y:.2f}" for x, y in way)
+    return svg + f'<polyline points="{points}" fill="none" stroke="#ff4f9a" stroke-width="{size / 128:.2f}"/>'

@@ -66,9 +66,8 @@ def parse_args(argv, steps, description):
     add("--log", choices=LOGS, help="also send the numbers of training there")
     add("--iterations", type=positive, default=3, help="rounds of `iterate`")
     given = parser.parse_args(argv)
-    default = dict(
-        run=Path(f"runs/worldmodels_{given.env}"), n_mix=5, mixture="vector", previous=None, test_env=None, log=None
-    )
+    default = dict(run=Path(f"runs/worldmodels_{given.env}"), n_mix=5, mixture="vector")
+    default |= dict(previous=None, test_env=None, log=None)
     args = argparse.Namespace(**default | RECIPES[given.env] | vars(given) | given.sizes)
     args.sizes = ",".join(f"{name}={getattr(args, name)}" for name in SIZES)
     if len(args.trials) > 2:
@@ -91,6 +90,17 @@ def need(args, name, step):
     return args.run / name
 
 
+def open_run(run, steps):
+    """The flags with which a run was begun, as `parse_args` returns them. Of `iterate` it is the last iteration."""
+    run = Path(run)
+    flags = common.read_json(run / "args.json") if (run / "args.json").exists() else {}
+    if not {*RUN_FLAGS} <= flags.keys():
+        raise UserError(f"no run of World Models at {run}: make one with python vae_mdnrnn.py all --env takecover")
+    last = max(run.glob("iteration*"), key=lambda path: int(path.name.removeprefix("iteration")), default=run)
+    given = [f"--{name.replace('_', '-')}={flags[name]}" for name in RUN_FLAGS]
+    return parse_args(["test", f"--out={last}", *given], steps, __doc__)
+
+
 def c_names(args):
     """The names of what train-c makes: one C for each temperature of the dream, or one for the real environment."""
     return [f"dream_tau{tau:g}" for tau in args.tau] if args.where == "dream" else ["real"]
@@ -103,6 +113,19 @@ def load_data(args):
     if latents.shape != (2, len(dataset.frames), args.z_dim) or not np.isfinite(latents).all():
         raise UserError(f"{args.run}/latents.npy does not fit the frames and V: remove it, and give train-v again")
     return dataset, latents
+
+
+def load_starts(args):
+    """mu and logvar of the episodes' first frames, (2, E, z_dim), at which dreams begin. What extras.share wrote
+    has these in starts.npy, and no data."""
+    path = args.run / "starts.npy"
+    if not path.exists():
+        dataset, latents = load_data(args)
+        return latents[:, dataset.episode_starts]
+    starts = np.array(data.open_array(path, 3, "f"))
+    if starts.shape[::2] != (2, args.z_dim) or not starts.size or not np.isfinite(starts).all():
+        raise UserError(f"{path} does not fit V: share this run again")
+    return starts
 
 
 def load_search(path, size, begun):

@@ -118,7 +118,8 @@ class TakeCover(Screen):
         import vizdoom.gymnasium_wrapper  # noqa: F401  (registers the environments)
 
         super().__init__(img_size, [-1], [1])
-        self.env, self.broken = gym.make("VizdoomTakeCover-v1", max_episode_steps=2100), vizdoom.ViZDoomErrorException
+        self.env = gym.make("VizdoomTakeCover-v1", max_episode_steps=2100)
+        self.broken = vizdoom.ViZDoomErrorException, vizdoom.ViZDoomUnexpectedExitException
 
     def begin(self, seed):
         observation, _ = self.env.reset(seed=seed)
@@ -133,6 +134,9 @@ class TakeCover(Screen):
         if not outcome[1]:  # a dead player sees nothing: the last frame stays
             self.screen, self.state = observation["screen"], observation["gamevariables"]
         return outcome
+
+    def close(self):
+        self.env.close()
 
 
 class DreamEnv(gym.Env):
