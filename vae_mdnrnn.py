@@ -31,11 +31,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from lib import common, pictures, processes
+from lib import common, pictures, processes, recipes
 from lib.common import RANK, WORLD_SIZE, UserError, bfloat16, fit, to_frames, to_tensor, tqdm
 from lib.decoders import OnePixelDeconv
-from lib.logs import open_log
-from lib.recipes import RUN_FLAGS, c_names, first_held_out, load_data, load_search, load_starts, need, parse_args
+from lib.recipes import c_names, first_held_out, load_data, need, open_report, parse_args
 from lib.worlds import BATCH, DreamEnv, EpisodePool, play_alone
 
 # ---- V: what is seen, in few numbers -------------------------------------------------------------
@@ -417,7 +416,7 @@ def evolve(scores, mean, path, popsize, trials, steps, score_trials, sigma0=0.1,
     es = cma.CMAEvolutionStrategy(mean, sigma0, {"popsize": popsize, "seed": seed + 1, "verbose": -9})
     best = dict(score=-math.inf, params=torch.tensor(mean, dtype=torch.float32), fitness=[], log=[], begun=begun)
     if path.exists():
-        best = load_search(path, len(mean), begun)
+        best = recipes.load_search(path, len(mean), begun)
     for values in best["fitness"]:
         es.tell(es.ask(), [-f for f in values])
     log = best["log"]
@@ -483,7 +482,7 @@ def train_v(args):
     vae = VAE(args.z_dim).to(args.device)
     if args.previous:
         common.load_fitted(vae, args.previous.run / "vae.safetensors")
-    flags = dict(lr=args.lr, beta=args.beta, focus=args.focus, half=True, seed=args.seed, report=args.report)
+    flags = dict(lr=args.lr, beta=args.beta, focus=args.focus, half=True, seed=args.seed, report=open_report(args))
     train_vae(vae, frames[:seen], args.v_steps, path=args.run / "vae.safetensors", **flags)
     with torch.inference_mode():
         if not latents.exists():
@@ -507,7 +506,7 @@ def train_m(args):
     if args.previous:
         common.load_fitted(rnn, args.previous.run / "rnn.safetensors")
     seen, held = np.split(np.arange(len(dataset)), [first_held_out(dataset)])
-    flags = dict(lr=args.lr, seed=args.seed, path=args.run / "rnn.safetensors", report=args.report)
+    flags = dict(lr=args.lr, seed=args.seed, path=args.run / "rnn.safetensors", report=open_report(args))
     train_mdnrnn(rnn, latents, dataset, seen, args.m_steps, **flags)
     losses = held_out_losses(rnn, latents, dataset, held)
     common.write_json(args.run / "held_out.json", losses)
@@ -528,7 +527,7 @@ def train_c(args):
                 scores = functools.partial(dream_scores, make_dream(args, rnn.to(args.device), name), controller)
             path = args.run / f"c_{name}.pt"
             budget = args.popsize, args.trials, args.c_steps, args.score_trials, args.sigma0, args.seed
-            best = evolve(scores, mean, path, *budget, report=args.report)
+            best = evolve(scores, mean, path, *budget, report=open_report(args))
             styles = {"best": "-", "mean": "-", "worst": "-", "score": "ko-"}
             if RANK == 0:
                 pictures.write_log_plot(path.with_suffix(".png"), best["log"], "steps", styles, ylabel="return")
@@ -620,7 +619,7 @@ def make_controller(args):
 def make_dream(args, rnn, name):
     """The dream of the C called `name`, which says the temperature."""
     tau = float(name.removeprefix("dream_tau")) if name.startswith("dream") else 1.0
-    return Dream(rnn, load_starts(args), tau, args.max_steps, args.cell, args.seed)
+    return Dream(rnn, recipes.load_starts(args), tau, args.max_steps, args.cell, args.seed)
 
 
 def load_c(args, name):
@@ -645,11 +644,10 @@ STEPS |= {"all": lambda args: [STEPS[name](args) for name in list(STEPS)[:5]][-1
 def main(argv=None):
     args = parse_args(argv, STEPS, __doc__)
     if args.step != "bench":
-        flags = {name: getattr(args, name) for name in RUN_FLAGS}
+        flags = recipes.run_flags(args)
         common.same_flags(args.run, flags)
         if args.step != "test" and RANK == 0:
             common.write_json(args.run / "args.json", flags)
-        args.report = open_log(args.log, args.run, flags)
     STEPS[args.step](args)
 
 

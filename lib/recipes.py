@@ -9,7 +9,7 @@ import numpy as np
 import data
 from lib import common
 from lib.common import WORLD_SIZE, UserError, positive
-from lib.logs import LOGS
+from lib.logs import LOGS, open_log
 from lib.worlds import ENVIRONMENTS
 
 # The paper's sizes (appendix A), with budgets for two CPU cores: an hour and a half for takecover, four for carracing.
@@ -88,6 +88,16 @@ def need(args, name, step):
     if not (args.run / name).exists():
         raise UserError(f"no {args.run / name}: first run python vae_mdnrnn.py {step} --env {args.env}")
     return args.run / name
+
+
+def run_flags(args):
+    """The flags of a run's args.json, with which each of its steps has to agree."""
+    return {name: getattr(args, name) for name in RUN_FLAGS}
+
+
+def open_report(args):
+    """Where --log sends the numbers of a step's training."""
+    return open_log(args.log, args.run, run_flags(args))
 
 
 def open_run(run, steps):

@@ -193,7 +193,7 @@ def test_the_horizon_error_of_recorded_truth_is_zero(run, monkeypatch):
     run("data --from push.h5 --frameskip 1")
     dataset = data.Dataset("datasets/push")
     run(f"train --data datasets/push --frameskip 2 --encoder state --name truth {TINY}")
-    model = WorldModel.load("runs/truth")
+    model = WorldModel.from_pretrained("runs/truth")
 
     def look_up(z0, actions):
         pairs = dataset.actions.reshape(-1, 1, 2), actions[:, :, :2].numpy().reshape(1, -1, 2)

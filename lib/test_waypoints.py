@@ -98,7 +98,7 @@ def run(tmp_path, monkeypatch):
     dataset = data.write_dataset("datasets/pointmaze", play([make_env("pointmaze")], None, jobs), 20, meta)
     model = tiny_model(encoder="pca", world=dict(env="pointmaze", img_size=64, data="datasets/pointmaze"))
     model.encoder.fit(dataset.frames[:])
-    model.save("runs/tiny")
+    model.save_pretrained("runs/tiny")
     return model
 
 
