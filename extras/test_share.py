@@ -111,3 +111,10 @@ def test_what_wrong_input_gets(run_folder, script, monkeypatch):
     assert_refused(script("extras.share", "runs/tiny", "a/b"), "has the results of another run: give --plans")
     with pytest.raises(Exception, match="no model at runs/none"):
         load_model("runs/none")
+
+
+def test_the_model_that_is_shipped_reaches_its_goals(workplace, script):
+    shipped = Path(plan.__file__).parent / "assets" / "models" / "pointmaze"
+    code, _, err = script("plan", "--ckpt", shipped, "--n-evals", 6, "--max-iter", 4)
+    assert code == 0, err
+    assert json.loads(Path("plan_outputs/pointmaze/results.json").read_text())["success_by_iter"][-1] > 0.6
