@@ -11,22 +11,20 @@ A GPT reads the tokens and actions of all frames as one sequence and learns to w
     z_1^1 ... z_1^K, a_1, z_2^1 ... z_2^K, a_2, ...              causal, token by token
     L = - mean log p(z_t^k | z_<t, a_<t, z_t^<k)
 
-Both learn in the same steps; the GPT's loss does not reach the autoencoder. Imagination writes the most likely token,
-one after another, with a cache of keys and values. What a plan costs is the mean squared distance between codes. Its
-rank correlation with the distance of the balls is .94 up to 1 m and .77 up to 2 m. (That of decoded frames, blurred by
-8 pixels, is .95 and .96, but then every candidate has to be painted.)
+The autoencoder learns in the first `first` steps. Then it stays as it is, and the GPT learns. Imagination writes the
+most likely token, one after another, with a cache of keys and values. The cost is the mean squared distance of codes.
 
 Deviations:
 - The ball is 0.5 % of the pixels, and an autoencoder that is trained for minutes leaves it out. So E sees and D paints
   how a frame differs from the background b, the mean of the first batch; an error weighs 1 + |x - b| / mean |x - b|.
 - There is no LPIPS, because VGG-16's weights are not at hand. E first folds 4 x 4 pixels into one, which saves the two
-  most expensive of five levels, and learns from one frame of every other window, since windows overlap.
+  most expensive of five levels, and learns from the first and the last frame of each window.
+- The release trains the autoencoder alone for 20 epochs, and then both. Here the GPT needs ten times the steps, and
+  has them for half the time if the autoencoder rests; nor does the language change that it learns.
 - Actions are numbers here, and enter by a linear layer. No dropout, since no training is long enough to overfit.
 
     python train.py --system iris && python plan.py
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -38,15 +36,14 @@ from lib.systems import System
 # ---- The autoencoder -----------------------------------------------------------------------------
 
 
-def norm(channels):
-    return nn.GroupNorm(min(32, channels), channels, eps=1e-6)
+def layer(i, o):
+    return nn.GroupNorm(min(32, i), i, eps=1e-6), nn.SiLU(), nn.Conv2d(i, o, 3, padding=1)
 
 
 class ResBlock(nn.Module):
     def __init__(self, i, o):
         super().__init__()
-        first = norm(i), nn.SiLU(), nn.Conv2d(i, o, 3, padding=1)
-        self.net = nn.Sequential(*first, norm(o), nn.SiLU(), nn.Conv2d(o, o, 3, padding=1))
+        self.net = nn.Sequential(*layer(i, o), *layer(o, o))
         self.skip = nn.Identity() if i == o else nn.Conv2d(i, o, 1)
 
     def forward(self, x):
@@ -58,19 +55,19 @@ class PixelAttention(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.norm = norm(channels)
+        self.norm = nn.GroupNorm(min(32, channels), channels, eps=1e-6)
         self.qkv, self.out = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
 
     def forward(self, x):
-        q, k, v = self.qkv(self.norm(x)).flatten(2).mT[:, None].chunk(3, -1)  # each (B, 1, h * w, C)
+        q, k, v = self.qkv(self.norm(x)).flatten(2).mT[:, None].contiguous().chunk(3, -1)  # each (B, 1, h * w, C)
         y = F.scaled_dot_product_attention(q, k, v)[:, 0]
         return x + self.out(y.mT.reshape(x.shape))
 
 
 def level(side, i, o, blocks):
     """The layers for maps of one size: residual blocks, each followed by attention if the map is 8 or 16 wide."""
-    attention = [PixelAttention] if side in (8, 16) else []
-    return [layer for n in range(blocks) for layer in (ResBlock(o if n else i, o), *(make(o) for make in attention))]
+    attend = [PixelAttention] * (side in (8, 16))
+    return [part for n in range(blocks) for part in (ResBlock(o if n else i, o), *(make(o) for make in attend))]
 
 
 class Autoencoder(nn.Module):
@@ -87,9 +84,8 @@ class Autoencoder(nn.Module):
             double = [nn.Upsample(scale_factor=2), nn.Conv2d(o, o, 3, padding=1)] if n else []
             up = level(side >> n, widths[min(n + 1, last)], o, blocks + 1) + double + up
         middle = lambda: [ResBlock(wide, wide), PixelAttention(wide), ResBlock(wide, wide)]  # noqa: E731
-        end = lambda i, o: [norm(i), nn.SiLU(), nn.Conv2d(i, o, 3, padding=1)]  # noqa: E731
-        down += middle() + end(wide, dim) + [nn.Conv2d(dim, dim, 1)]
-        up = [nn.Conv2d(dim, dim, 1), nn.Conv2d(dim, wide, 3, padding=1)] + middle() + up + end(widths[0], pixels)
+        down += [*middle(), *layer(wide, dim), nn.Conv2d(dim, dim, 1)]
+        up = [nn.Conv2d(dim, dim, 1), nn.Conv2d(dim, wide, 3, padding=1), *middle(), *up, *layer(widths[0], pixels)]
         self.encoder = nn.Sequential(nn.PixelUnshuffle(patch), *down)
         self.codes = nn.Embedding(codes, dim)
         nn.init.uniform_(self.codes.weight, -1 / codes, 1 / codes)
@@ -103,7 +99,7 @@ class Autoencoder(nn.Module):
 
     def decode(self, codes):
         """Codes (B, K, d) -> images (B, 3, H, W)."""
-        return self.background + self.decoder(codes.mT.unflatten(2, (math.isqrt(codes.shape[1]), -1)))
+        return self.background + self.decoder(codes.mT.unflatten(2, (int(codes.shape[1] ** 0.5), -1)))
 
     def forward(self, images):
         """Images (B, 3, H, W) -> the images that are painted from their codes, and the error of the codes."""
@@ -145,11 +141,9 @@ class GPT(nn.Module):
         self.action, self.token = nn.Linear(action_dim, width), nn.Embedding(codes, width)
         self.blocks, self.norm = nn.ModuleList(Block(width, heads) for _ in range(depth)), nn.LayerNorm(width)
         self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, codes))
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear):
-                nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():
+            if "norm" not in name:
+                nn.init.normal_(parameter, std=0.02 if parameter.ndim > 1 else 0.0)  # biases start at zero
         self.register_buffer("mask", torch.ones(length, length, dtype=torch.bool).tril(), persistent=False)
 
     def embed(self, tokens, actions):
@@ -172,11 +166,11 @@ class IRIS(System):
     """`codes` of `dim` numbers, and `channels` on the autoencoder's first level; the other sizes are the GPT's. Paper:
     codes=512,dim=512,channels=64,width=256,depth=10, windows of 20 frames, lr 1e-4, 64 windows or 256 frames a step."""
 
-    name, num_frames, batch_size, steps, lr = "iris", 7, 32, 1800, 1.5e-3
+    name, num_frames, batch_size, steps, lr = "iris", 7, 8, 9000, 2e-3
     history, context, used = 2, 2, 1.0  # two frames show a speed; the share of the codes in the last batch
-    sizes = dict(codes=128, dim=32, channels=16, width=64, depth=3, heads=4)
+    sizes = dict(codes=128, dim=32, channels=16, width=64, depth=3, heads=4, first=1000)
 
-    def build(self, img_size, codes, dim, channels, width, depth, heads):
+    def build(self, img_size, codes, dim, channels, width, depth, heads, first):
         if img_size % 16:
             raise UserError(f"iris makes a token of 16 x 16 pixels, and {img_size} is not a multiple of 16")
         if width % heads:
@@ -184,11 +178,8 @@ class IRIS(System):
         self.num_patches = (img_size // 16) ** 2  # K
         self.autoencoder = Autoencoder(img_size, 4, (channels, 2 * channels, 4 * channels), 1, codes, dim)
         self.gpt = GPT(self.num_frames * (self.num_patches + 1), codes, self.action_dim, width, depth, heads)
-        self.decoder = self.autoencoder.decode
-
-    def to_images(self, frames):
-        """Frames (B, T, H, W, 3) of 0 to 255 -> images (B * T, 3, H, W) in [-1, 1]."""
-        return to_tensor(frames.flatten(0, 1), frames.device) * 2 - 1
+        self.decoder, self.first = self.autoencoder.decode, first
+        self.register_buffer("trained", torch.zeros((), dtype=torch.int64))  # steps so far
 
     def latents(self, tokens):
         """Tokens (B, T, K) -> the latents of T frames: the codes (B, T, K, d), and the tokens."""
@@ -197,26 +188,33 @@ class IRIS(System):
 
     @torch.no_grad()
     def encode(self, obs):
-        _, tokens = self.autoencoder.encode(self.to_images(obs["visual"]))
-        return self.latents(tokens.unflatten(0, obs["visual"].shape[:2]))
+        images = to_tensor(obs["visual"].flatten(0, 1), self.action_mean.device) * 2 - 1
+        return self.latents(self.autoencoder.encode(images)[1].unflatten(0, obs["visual"].shape[:2]))
 
     def loss(self, batch, *_):
-        """The loss and its parts: "visual" is the error of the codes one step ahead, "used" the share of all codes."""
-        images = self.to_images(torch.cat([batch["visual"][::4, :1], batch["visual"][2::4, -1:]]))  # first or last
-        if self.training and not self.autoencoder.background.any():
-            self.autoencoder.background.copy_(images.mean(0))
-        painted, codes = self.autoencoder(images)
-        moving = (images - self.autoencoder.background).abs()
-        reconstruction = ((1 + moving / moving.mean().clamp(min=1e-6)) * (painted - images).abs()).mean()
-        tokens, K = self.encode(batch)["tokens"], self.num_patches
-        x = self.gpt.embed(tokens, self.encode_action(batch["action"]))  # (B, T * (K + 1), D)
-        logits = F.pad(self.gpt(x[:, :-1]), (0, 0, 1, 0)).unflatten(1, (-1, K + 1))[:, :, :-1]  # each at its token
-        entropy = F.cross_entropy(logits.flatten(1, 2)[:, 1:].flatten(0, 1), tokens.flatten(1)[:, 1:].flatten())
-        ahead = self.criterion(*(self.latents(z[:, 1:])["visual"] for z in (logits.argmax(-1), tokens)))
-        self.used = len(tokens.unique()) / self.autoencoder.codes.num_embeddings
-        parts = {"visual": ahead, "entropy": entropy, "recon": reconstruction, "codes": codes}
-        parts = {name: part.detach() for name, part in parts.items()} | {"used": entropy.new_tensor(self.used)}
-        return entropy + reconstruction + codes, parts
+        """In training the loss of the autoencoder or of the GPT, else their sum; and its parts. There, "visual" is the
+        error of the codes one step ahead, and "used" the share of the codes that the batch has."""
+        self.trained += self.training
+        early, K, loss, parts = self.trained <= self.first, self.num_patches, 0.0, {}
+        if early or not self.training:
+            frames = batch["visual"][:, :: self.num_frames - 1]
+            images = to_tensor(frames.flatten(0, 1), frames.device) * 2 - 1  # (2 * B, 3, H, W) in [-1, 1]
+            if self.training and not self.autoencoder.background.any():
+                self.autoencoder.background.copy_(images.mean(0))
+            painted, codes = self.autoencoder(images)
+            moving = (images - self.autoencoder.background).abs()
+            reconstruction = ((1 + moving / moving.mean().clamp(min=1e-6)) * (painted - images).abs()).mean()
+            loss, parts = reconstruction + codes, {"recon": reconstruction, "codes": codes}
+        if not (early and self.training):
+            tokens = self.encode(batch)["tokens"]
+            x = self.gpt.embed(tokens, self.encode_action(batch["action"]))  # (B, T * (K + 1), D)
+            logits = F.pad(self.gpt(x[:, :-1]), (0, 0, 1, 0)).unflatten(1, (-1, K + 1))[:, :, :-1]  # each at its token
+            entropy = F.cross_entropy(logits.flatten(1, 2)[:, 1:].flatten(0, 1), tokens.flatten(1)[:, 1:].flatten())
+            ahead = self.criterion(*(self.latents(z[:, 1:])["visual"] for z in (logits.argmax(-1), tokens)))
+            self.used = len(tokens.unique()) / self.autoencoder.codes.num_embeddings
+            parts |= {"visual": ahead, "entropy": entropy, "used": entropy.new_tensor(self.used)}
+            loss = loss + entropy
+        return loss, {name: part.detach() for name, part in parts.items()}
 
     @torch.no_grad()
     def rollout(self, z0, actions):
@@ -240,6 +238,8 @@ class IRIS(System):
         return self.latents(tokens)
 
     def save_pretrained(self, directory):
+        if self.trained <= self.first:
+            print(f"{directory}: the GPT has not begun to learn, the first {self.first} steps are the autoencoder's")
         if self.used < 0.05:
             print(f"{directory}: {self.used:.0%} of the codes are in use, the codebook has died: try another --seed")
         super().save_pretrained(directory)

@@ -33,7 +33,7 @@ from predictor import WorldModel
 # name: the class, imported when it is wanted
 SYSTEMS = {"dreamer": "lib.dreamer.Dreamer", "iris": "lib.iris.IRIS", "tdmpc2": "lib.tdmpc2.TDMPC2"}
 SYSTEMS |= {"lewm": "lib.tdmpc2.LeWM", "avdc": "lib.avdc.AVDC"}
-SYSTEM_SIZES = "channels deter mlp_dim groups classes dim width depth heads codes"  # of any system
+SYSTEM_SIZES = "channels deter mlp_dim groups classes dim width depth heads codes first"  # of any system
 SYSTEM_SIZES = dict.fromkeys(SYSTEM_SIZES.split(), number(int, 1, 10**5))
 # flags of train.py that no system has, as argparse names them
 FOREIGN = "encoder encoder_img_size weights num_hist predictor predictor_weights rollout_steps variant decoder bench"
