@@ -19,8 +19,8 @@ Deviations:
   how a frame differs from the background b, the mean of the first batch; an error weighs 1 + |x - b| / mean |x - b|.
 - There is no LPIPS, because VGG-16's weights are not at hand. E first folds 4 x 4 pixels into one, which saves the two
   most expensive of five levels, and learns from the first and the last frame of each window.
-- The release trains the autoencoder alone for 20 epochs, and then both. Here the GPT needs ten times the steps, and
-  has them for half the time if the autoencoder rests; nor does the language change that it learns.
+- The release trains the autoencoder alone for its first 20 epochs, and then goes on with both. Here the GPT needs many
+  more steps than the autoencoder, and a step is twice as fast without it. The tokens also keep their meaning this way.
 - Actions are numbers here, and enter by a linear layer. No dropout, since no training is long enough to overfit.
 
     python train.py --system iris && python plan.py
@@ -192,8 +192,8 @@ class IRIS(System):
         return self.latents(self.autoencoder.encode(images)[1].unflatten(0, obs["visual"].shape[:2]))
 
     def loss(self, batch, *_):
-        """In training the loss of the autoencoder or of the GPT, else their sum; and its parts. There, "visual" is the
-        error of the codes one step ahead, and "used" the share of the codes that the batch has."""
+        """The loss and its parts: "visual" is the error of the codes one step ahead, "used" the share of all codes. In
+        training it is the loss of the autoencoder or that of the GPT, and in validation it is their sum."""
         self.trained += self.training
         early, K, loss, parts = self.trained <= self.first, self.num_patches, 0.0, {}
         if early or not self.training:
