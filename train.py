@@ -102,8 +102,8 @@ def train(args):
     if args.predictor_weights and resumed is None:
         model.predictor.load_released(args.predictor_weights)
     decoder = list(model.decoder.parameters()) if args.decoder else []  # a system's own learns with the rest
-    rest = [p for p in model.parameters() if p.requires_grad and p not in set(decoder)]
-    groups = [{"params": rest}]
+    known = set(decoder)
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad and p not in known]}]
     if decoder:
         groups.append({"params": decoder, "lr": DECODER_LR, "weight_decay": 0.0})
 

@@ -109,12 +109,10 @@ def train_vae(
 ):
     """Fits the VAE in place to uint8 frames (S, 64, 64, 3), which may be memory-mapped, and keeps it as `fit` does.
 
-    V sees and reconstructs images (B, 3, 64, 64), or what `transform` makes of them. With `half` it computes in
-    bfloat16 where that is faster.
+    V sees and reconstructs images (B, 3, 64, 64), or what `transform` makes of them, with `half` in bfloat16.
     Deviations: ten times the paper's learning rate, lowered along a cosine, and a third of its batch, for a fraction of
     its frames. And where small things matter, `focus`: a far fireball is a few pixels among thousands of wall, so an
-    error weighs 1 + focus * `moving`, and of 128 frames those in which much moves are more likely to be among the 32
-    that V sees. Without it a far fireball costs more nats, at a `beta` of 1, than it gains.
+    error weighs 1 + focus * `moving`, and of 128 frames those in which much moves are likelier among V's 32.
     """
     device = vae.mu.weight.device
 
@@ -390,7 +388,8 @@ def dream_scores(dream, controller, params, seed, trials):
 
 
 def real_scores(pool, args, params, seed, trials):
-    """Like `dream_scores`, in the real environment, and on the same `trials` tracks for every row of params."""
+    """Like `dream_scores`, in the real environment, and on the same `trials` tracks for every row of params. Deviation:
+    an episode ends after `--patience` steps without a reward, because few cars come back to the road."""
     limits = dict(steps=args.max_steps, patience=args.patience)
     jobs = [dict(who=p, seed=seed + i, **limits) for p in params for i in range(trials)]
     parts = np.array_split(np.array(jobs), min(WORLD_SIZE, len(jobs)))  # one for each process of torchrun
@@ -408,8 +407,7 @@ def evolve(scores, mean, path, popsize, trials, steps, score_trials, sigma0=0.1,
     Deviation: the paper gives each candidate 16 trials. Here `trials` is the first number and the largest. At first a
     few tracks tell good candidates from bad ones; later the candidates are alike, and luck decides. So the number is
     doubled once the mean returns on one half of the tracks and on the other correlate below 1/3 on average over five
-    generations, because then luck makes more than half of the variance between candidates. And an episode ends after
-    `--patience` steps without a reward, because few cars come back once they are off the road.
+    generations, because then luck makes more than half of the variance between candidates.
     CMA-ES is deterministic, so the fitness values are its checkpoint: a resumed run tells it the stored values.
     """
     begun = dict(popsize=popsize, trials=trials, sigma0=sigma0, seed=seed)
@@ -624,11 +622,8 @@ def make_dream(args, rnn, name):
 
 def load_c(args, name):
     """C's weights (n,) float32."""
-    path, size = need(args, f"c_{name}.safetensors", "train-c"), make_controller(args).num_params
-    params = common.load_safetensors(path).get("params", torch.zeros(0))
-    if params.shape != (size,) or not params.isfinite().all():
-        raise UserError(f"{path} does not hold the {size} weights of C: remove it, and give train-c again")
-    return params.float().numpy()
+    path = need(args, f"c_{name}.safetensors", "train-c")
+    return recipes.load_weights(path, make_controller(args).num_params)
 
 
 def make_agents(args):

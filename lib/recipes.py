@@ -140,6 +140,14 @@ def load_starts(args):
     return starts
 
 
+def load_weights(path, size):
+    """The `size` weights of a C, (size,) float32."""
+    params = common.load_safetensors(path).get("params")
+    if params is None or params.shape != (size,) or not params.isfinite().all():
+        raise UserError(f"{path} does not hold the {size} weights of C: remove it, and give train-c again")
+    return params.float().numpy()
+
+
 def load_search(path, size, begun):
     """What `evolve` keeps in `path`, for a C of `size` weights. A search goes on as it was `begun`."""
     best = common.load_tensors(path)

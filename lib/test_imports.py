@@ -318,7 +318,9 @@ def test_every_world_is_a_gymnasium_environment(name):
 def test_the_dream_is_a_gymnasium_environment():
     rnn = wm.MDNRNN(4, 1, 8, heads="done,reward", restart=True).eval().requires_grad_(False)
     dream = wm.Dream(rnn, (torch.randn(6, 4), torch.zeros(6, 4)), max_steps=20)
-    check_env(worlds.DreamEnv(dream, wm.VAE(4)))
+    env = worlds.DreamEnv(dream, wm.VAE(4))
+    check_env(env)
+    assert env.render().shape == (64, 64, 3) and env.render().dtype == np.uint8
 
 
 def test_a_world_of_ones_own_begins_in_a_random_state_and_shows_as_much_of_it_as_it_says():
