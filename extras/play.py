@@ -343,6 +343,7 @@ def main():
     finally:
         for game in games.values():
             game.close()
+    raise KeyboardInterrupt  # nothing else ends the page, and its server does not always pass it on
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def run_job(args_and_job):
 # ---- The table, the figure and the film ----------------------------------------------------------
 
 
-def share(args, rates):
+def pooled(args, rates):
     """Success rates of several seeds (seeds, plans) -> those of all goals together (plans,), and their intervals."""
     n = len(rates) * args.n_evals
     solved = (np.array(rates) * args.n_evals).round().astype(int).sum(0)
@@ -135,7 +135,7 @@ def table_rows(args, env, results):
     rows = [header]
 
     def row(name, rates, *rest):
-        rate, interval = share(args, rates)
+        rate, interval = pooled(args, rates)
         cells = [f"{rate[k - 1]:.2f} [{interval[k - 1][0]:.2f}, {interval[k - 1][1]:.2f}]" for k in shown]
         rows.append([name, *cells, *rest, *[""] * (len(header) - 1 - len(cells) - len(rest))])
 
@@ -169,9 +169,9 @@ def draw(args, results, path):
     for env, ax in zip(args.env, mazes, strict=True):
         curves = {name: [run["success"] for run in results[env, name]] for name in args.system}
         for name, style in (("oracle", "k--"), ("random", "k:")):
-            ax.plot(plans, share(args, [run["success"][name] for run in results[env, CONTROLS]])[0], style, label=name)
+            ax.plot(plans, pooled(args, [run["success"][name] for run in results[env, CONTROLS]])[0], style, label=name)
         for i, (name, rates) in enumerate(curves.items()):
-            rate, interval = share(args, rates)
+            rate, interval = pooled(args, rates)
             ax.plot(plans, rate, f"C{i}o-", ms=3, label=name)
             ax.fill_between(plans, *interval.T, color=f"C{i}", alpha=0.12, lw=0)
         ax.set(title=env, xlabel="plans", ylabel="success", ylim=(0, 1.05), xticks=plans)

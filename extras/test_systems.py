@@ -45,7 +45,7 @@ def test_seeds_are_taken_together():
     class args:
         n_evals = 50
 
-    rates, intervals = systems.share(args, [[0.1, 0.5], [0.3, 0.5]])
+    rates, intervals = systems.pooled(args, [[0.1, 0.5], [0.3, 0.5]])
     np.testing.assert_allclose(rates, [0.2, 0.5])
     np.testing.assert_allclose(intervals[1], (0.4038, 0.5962), atol=1e-4)  # Wilson's, of 50 in 100
 
