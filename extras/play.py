@@ -80,9 +80,7 @@ class DreamGame:
     def __init__(self, run):
         self.args = args = open_run(run, wm.STEPS)
         self.vae, rnn, self.controller = wm.load_models(args)
-        there = sorted(
-            args.run.glob("c_*.safetensors"), key=lambda path: path.stat().st_mtime
-        )  # the last is the newest
+        there = sorted(args.run.glob("c_*.safetensors"), key=lambda path: path.stat().st_mtime)  # the newest is last
         params = wm.load_c(args, there[-1].stem.removeprefix("c_")) if there else np.zeros(self.controller.num_params)
         self.params, self.has_c = torch.from_numpy(np.float32(params))[None], bool(there)
         none = f"C cannot play: first run python vae_mdnrnn.py train-c --env {args.env}"
@@ -252,6 +250,7 @@ body { background: #0d1420; color: #dbe4f0 }
 .count { white-space: pre }
 """
 UNFOCUS = "() => document.activeElement.blur()"  # the keys are the player's, and not a slider's
+RELEASE = "<script>addEventListener('blur', () => emitEvent('release'))</script>"  # another window gets the key's end
 
 
 def page(games):
@@ -269,6 +268,8 @@ def page(games):
     if "Dream" in games:
         tabs.bind_value_to(games["Dream"], "tab")
         ui.keyboard(games["Dream"].on_key, repeating=False, ignore=[])
+        ui.add_body_html(RELEASE)
+        ui.on("release", lambda: games["Dream"].held.clear())
 
 
 def dream_panel(game):

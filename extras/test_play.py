@@ -163,6 +163,17 @@ def test_held_keys_move_the_dream_and_the_real_game(opened):
     until(lambda: steps(opened) == [0, 0])
 
 
+def test_a_key_that_is_held_is_released_when_the_window_loses_the_focus(opened):
+    press(opened, down=[RIGHT])
+    until(lambda: min(steps(opened)) >= 12)
+    place = ball(pictures(opened)[1])
+    opened.execute_script("dispatchEvent(new Event('blur'))")
+    press(opened, down=[LEFT])  # with both keys held the ball would not turn back
+    until(lambda: min(steps(opened)) == 45)
+    assert ball(pictures(opened)[1]) < place - 1
+    press(opened, up=[LEFT, RIGHT])
+
+
 def test_c_plays_once_it_is_switched_on(opened):
     switch = opened.find_element("css selector", ".q-toggle")
     switch.click()
