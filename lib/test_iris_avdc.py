@@ -245,6 +245,8 @@ def test_each_trains_and_plans(workplace, script, name):  # noqa: F811
     if name == "iris":
         result, message = script("plan", *"--n-evals 1 --planner gd --opt-steps 1".split()), "gd needs a gradient"
     else:
+        assert "| `mpc-icem` | none |" in Path(f"plan_outputs/pointmaze_{name}/table.md").read_text()
+        assert_refused(script("extras.horizon"), "runs/pointmaze_avdc draws the way to a goal")
         result, message = script("plan", *"--n-evals 1 --goal-H 6".split()), "more than the 5 frames that avdc draws"
     assert_refused(result, message)
 
