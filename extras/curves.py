@@ -3,8 +3,11 @@
     python -m extras.curves runs/pointmaze_pca runs/pointmaze_vae
     python -m extras.curves runs/a runs/b --columns val,val_rollout
     python -m extras.curves runs/worldmodels_takecover runs/again    # V's, M's and C's logs of vae_mdnrnn.py
+    python -m extras.curves runs/worldmodels_carracing assets/published --columns score
 
-Writes runs/NAME.png. A run has log.csv, or vae.csv, rnn.csv and c_*.csv; what a log lacks is left out.
+Writes runs/NAME.png. A run has log.csv, or vae.csv, rnn.csv and c_*.csv; what a log lacks is left out. assets/published
+is the search of World Models' paper in CarRacing (github.com/hardmaru/WorldModelsExperiments), in which a generation is
+64 x 16 episodes of at most 1,000 steps, all of which are counted.
 """
 
 import csv
@@ -47,7 +50,11 @@ def draw(logs, panels, path):
         numbers = [y for curves in logs.values() if panel in curves for y in curves[panel][2]]
         if 0 < 10 * min(numbers) < max(numbers):
             plot.set_yscale("log")
-        plot.xaxis.get_major_locator().set_params(integer=True)
+        ends = [curves[panel][1][-1] for curves in logs.values() if panel in curves]
+        if max(ends) > 10 * min(ends):
+            plot.set_xscale("log")
+        else:
+            plot.xaxis.get_major_locator().set_params(integer=True)
     lines = {line.get_label(): line for plot in figure.axes for line in plot.get_lines()}
     figure.legend(lines.values(), lines, loc="outside lower center", ncols=3, frameon=False)
     for plot in figure.axes[len(panels) :]:

@@ -60,7 +60,11 @@ def test_curves_of_several_runs_stand_in_one_figure(tmp_path, script, monkeypatc
     assert plots.keys() == {"train", "val", "c_real best", "c_real score"}
     assert [list(line.get_ydata()) for line in plots["train"].get_lines()] == [[2, 1], [-1, -2]]
     assert (plots["train"].get_yscale(), plots["val"].get_yscale()) == ("linear", "log")
-    assert len(script("extras.curves", "a", "b", "--columns", "val")) and len(drawn[1].axes) == 1
+    script("extras.curves", "a", "b", "--columns", "val")
+    assert len(drawn[1].axes) == 1
+    Path("b/c_real.csv").write_text("steps,generation,score\n80,1,5.0\n901,2,6.0\n")
+    script("extras.curves", "a", "b", "--columns", "score,val")  # one search is ten times as long as the other
+    assert {plot.get_title(): plot.get_xscale() for plot in drawn[2].axes} == {"c_real score": "log", "val": "linear"}
     assert_refused(
         script("extras.curves", "a", "--columns", "wall"), "no log has wall; they have best, score, train, val"
     )
