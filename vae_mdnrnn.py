@@ -159,12 +159,12 @@ class MDNRNN(nn.Module):
     def forward(self, z, a, restart, state=None):
         """z (B, T, z_dim), a (B, T, A), restart (B, T) -> the outputs h (B, T, hidden), and the state (h, c)."""
         x = [z, a, restart[..., None]] if self.restart else [z, a]
-        return self.lstm(torch.cat(x, -1), state)
+        return self.lstm(torch.cat(x, -1).to(self.mdn.weight.dtype), state)
 
     def mixture(self, h):
         """h (..., hidden) -> log pi (..., G, K), mu and log sigma (..., G, K, D) of the next z."""
         K, D = self.n_mix, self.z_dim // self.groups
-        logit, mu, logsigma = self.mdn(h).unflatten(-1, (self.groups, -1)).split([K, K * D, K * D], -1)
+        logit, mu, logsigma = self.mdn(h).float().unflatten(-1, (self.groups, -1)).split([K, K * D, K * D], -1)
         mu, logsigma = mu.unflatten(-1, (K, D)), logsigma.unflatten(-1, (K, D))
         return logit.log_softmax(-1), mu, logsigma.clamp(min=-7)  # a sigma of 0 would be an infinite likelihood
 
@@ -329,11 +329,10 @@ class Dream:
 
     def reset(self, num):
         """Begins `num` dreams and returns what C sees of each, (num, in_dim)."""
-        mu, logvar = self.start
+        (mu, logvar), self.t = self.start, 0
         i = torch.randint(len(mu), (num,), generator=self.generator, device=self.device)
         self.z = sample_z(mu[i], logvar[i], self.generator)
-        zeros = torch.zeros(1, num, self.rnn.hidden, device=self.device)
-        self.state, self.t = (zeros, zeros), 0
+        self.state = (torch.zeros(1, num, self.rnn.hidden, dtype=self.rnn.mdn.weight.dtype, device=self.device),) * 2
         return features_of(self.z, self.state, self.cell)
 
     @torch.inference_mode()
@@ -380,9 +379,9 @@ def dream_returns(dream, controller, own, seed):
 
 def dream_scores(dream, controller, params, seed, trials):
     """Cumulative reward of every row of params (P, num_params) in `trials` dreams each, (P, trials), and all steps.
-    They are dreamt in four groups, which the processes of torchrun share without changing any dream."""
+    Each process of torchrun dreams a part of them, with random numbers of its own."""
     own = torch.as_tensor(params, device=dream.device).repeat_interleave(trials, 0)  # each dream has its own C
-    groups = [(rows, seed + 2**32 * i) for i, rows in enumerate(own.tensor_split(4)) if len(rows)]
+    groups = [(rows, seed + 2**32 * i) for i, rows in enumerate(own.tensor_split(WORLD_SIZE)) if len(rows)]
     returns, steps = zip(*processes.share(lambda group: dream_returns(dream, controller, *group), groups), strict=True)
     return np.concatenate(returns).reshape(len(params), trials), sum(steps)
 
@@ -516,13 +515,13 @@ def train_c(args):
     args.device = processes.join(str(args.device))
     _, rnn, controller = load_models(args)
     mean = load_c(args.previous, *c_names(args)) if args.previous else np.zeros(controller.num_params)
-    real = args.where == "real"
+    real, rnn = args.where == "real", rnn.to(args.device, common.short_numbers(args.device))
     with EpisodePool(args.workers, args.env, 64, make_agents, args) if real else contextlib.nullcontext() as pool:
         for name in c_names(args):
             if real:
                 scores = functools.partial(real_scores, pool, args)
             else:
-                scores = functools.partial(dream_scores, make_dream(args, rnn.to(args.device), name), controller)
+                scores = functools.partial(dream_scores, make_dream(args, rnn, name), controller)
             path = args.run / f"c_{name}.pt"
             budget = args.popsize, args.trials, args.c_steps, args.score_trials, args.sigma0, args.seed
             best = evolve(scores, mean, path, *budget, report=open_report(args))
@@ -584,7 +583,8 @@ def iterate(args):
 
 def bench(args):
     """Dream steps per second, C included, at the sizes of --env, with untrained weights."""
-    rnn, controller = make_rnn(args, args.heads).eval().requires_grad_(False).to(args.device), make_controller(args)
+    rnn, controller = make_rnn(args, args.heads).eval().requires_grad_(False), make_controller(args)
+    rnn = rnn.to(args.device, common.short_numbers(torch.device(args.device)))
     dream, rates = Dream(rnn, torch.zeros(2, 1, args.z_dim), 1.0, 10**9, args.cell), []
     for batch in (1, 64, 1024):
         params, features = torch.randn(batch, controller.num_params, device=args.device), dream.reset(batch)

@@ -149,6 +149,11 @@ def has_bfloat16(device):
     return device == "cpu" and any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
+def short_numbers(device):
+    """bfloat16 if a device computes with it, else float32."""
+    return torch.bfloat16 if has_bfloat16(device.type) else torch.float32
+
+
 def default_device():
     return "cuda" if torch.cuda.is_available() else "cpu"
 
