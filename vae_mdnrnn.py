@@ -189,14 +189,15 @@ def mdn_sample(logpi, mu, logsigma, tau=1.0, generator=None):
 DONE_WEIGHT = 10.0  # of the rare last step of an episode, in M's loss (the paper's code: restart_factor)
 
 
-def mdnrnn_loss(rnn, z, a, reward, done, valid, restart, done_weight=DONE_WEIGHT):
+def mdnrnn_loss(rnn, z, a, reward, done, valid, restart, done_weight=DONE_WEIGHT, half=False):
     """Teacher forcing: from z_t, a_t and its state M predicts z_{t+1}, and what its heads are for.
 
     All are (B, T, ...) and padded; `valid` (B, T) marks the true steps, which come first in each row. As in the paper's
     code the likelihood is per latent dimension, which makes it of one size with the other losses. The done head gives
-    the true log odds, since the weight of done is added to them here.
+    the true log odds, since the weight of done is added to them here. The LSTM runs with `half` in bfloat16.
     """
-    h, _ = rnn(z, a, restart)  # (B, T, hidden)
+    with bfloat16(z.device, half):
+        h = rnn(z, a, restart)[0].float()  # (B, T, hidden)
     both = valid[:, :-1] & valid[:, 1:]  # t and t + 1 are there
     losses = {"nll": mdn_nll(*rnn.mixture(h[:, :-1][both]), z[:, 1:][both]).mean() / rnn.z_dim}
     if "done" in rnn.heads:
@@ -236,7 +237,7 @@ def train_mdnrnn(rnn, latents, dataset, episodes, steps, batch_size=8, lr=1e-3, 
         order = (lengths + torch.rand(len(lengths))).argsort()  # by length, ties in any order
         first = int(torch.randint(1 - batch_size, len(order), ()))  # a window of it, which may hang over the ends
         batch = episodes[order[max(0, first) : first + batch_size]]
-        return mdnrnn_loss(rnn, *whole_episodes(latents, dataset, batch, rnn.mdn.weight.device))
+        return mdnrnn_loss(rnn, *whole_episodes(latents, dataset, batch, rnn.mdn.weight.device), half=True)
 
     return fit(rnn, loss, steps, lr, seed, "train M", clip=1.0, **kept)
 
@@ -639,10 +640,9 @@ STEPS |= {"all": lambda args: [STEPS[name](args) for name in list(STEPS)[:5]][-1
 def main(argv=None):
     args = parse_args(argv, STEPS, __doc__)
     if args.step != "bench":
-        flags = recipes.run_flags(args)
-        common.same_flags(args.run, flags)
+        common.same_flags(args.run, recipes.run_flags(args))
         if args.step != "test" and RANK == 0:
-            common.write_json(args.run / "args.json", flags)
+            common.write_json(args.run / "args.json", recipes.run_flags(args))
     STEPS[args.step](args)
 
 
