@@ -329,6 +329,12 @@ def test_a_game_that_dies_is_one_line():
             env.step(np.zeros(1))
 
 
+def test_takecovers_folder_is_there_before_several_games_would_make_it_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(worlds.gym, "make", lambda *_, **__: Path("_vizdoom").is_dir())
+    assert worlds.TakeCover().env
+
+
 def test_takecover_moves_left_and_right():
     env, walls = worlds.make_env("takecover"), []
     for action in (-1.0, 0.0, 1.0):

@@ -8,6 +8,7 @@ float32}; a maze can also be put into a state (`set_state`, `sample_state`, `goa
 import contextlib
 import math
 from functools import partial
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -118,6 +119,7 @@ class TakeCover(Screen):
         import vizdoom.gymnasium_wrapper  # noqa: F401  (registers the environments)
 
         super().__init__(img_size, [-1], [1])
+        Path("_vizdoom").mkdir(exist_ok=True)  # of several games that begin at once only one could make it
         self.env = gym.make("VizdoomTakeCover-v1", max_episode_steps=2100)
         self.broken = vizdoom.ViZDoomErrorException, vizdoom.ViZDoomUnexpectedExitException
 
