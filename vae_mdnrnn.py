@@ -277,8 +277,7 @@ class Controller:
 
 def features_of(z, state, cell):
     """What C sees: [z h], or [z h c] with the cell state. z (B, z_dim), state (h, c) of (1, B, hidden) each."""
-    h, c = state
-    return torch.cat([z, h[0], c[0]] if cell else [z, h[0]], 1)
+    return torch.cat([z, *(part[0] for part in state[: 1 + cell])], 1)
 
 
 class Agents:
@@ -484,9 +483,10 @@ def train_v(args):
     train_vae(vae, frames[:seen], args.v_steps, path=args.run / "vae.safetensors", **flags)
     with torch.inference_mode():
         if not latents.exists():
-            chunks = (frames[i : i + 500] for i in tqdm(range(0, len(frames), 500), desc="encode"))
-            parts = [torch.stack(vae.encode(to_tensor(chunk, args.device))) for chunk in chunks]
-            common.write_atomic(latents, lambda path: np.save(path, torch.cat(parts, 1).cpu().numpy()))  # (2, S, z_dim)
+            z = np.empty((2, len(frames), args.z_dim), np.float32)  # small tensors in a list would scatter the memory
+            for i in tqdm(range(0, len(frames), 500), desc="encode"):
+                z[:, i : i + 500] = torch.stack(vae.encode(to_tensor(frames[i : i + 500], args.device))).cpu()
+            common.write_atomic(latents, lambda path: np.save(path, z))
         index = np.linspace(seen, len(frames) - 1, 500).astype(int)
         x, before = (to_tensor(frames[i], args.device) for i in (index, index - 1))
         recon = vae.decode(vae.encode(x)[0])
