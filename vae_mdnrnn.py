@@ -145,7 +145,7 @@ class MDNRNN(nn.Module):
     422,368 (CarRacing: no heads, no restart flag), 1,678,785 (TakeCover: restart flag, done head).
     """
 
-    def __init__(self, z_dim, action_dim, hidden=256, n_mix=5, mixture="vector", heads="", restart=False):
+    def __init__(self, z_dim, action_dim, hidden=256, n_mix=5, mixture="dimension", heads="", restart=False):
         super().__init__()
         self.z_dim, self.action_dim, self.hidden, self.n_mix, self.restart = z_dim, action_dim, hidden, n_mix, restart
         self.groups = {"vector": 1, "dimension": z_dim}[mixture]

@@ -21,7 +21,7 @@ from lib.worlds import ENVIRONMENTS
 RECIPES = {
     "takecover": dict(action_dim=1, squash="tanh", policy="hold", max_steps=2100, patience=2100, episodes=2400)
     | dict(z_dim=64, v_steps=8000, beta=0.1, focus=50.0, hidden=512, heads="done", restart=True, m_steps=6000)
-    | dict(cell=True, bias=False, where="dream", tau=[3.0], trials=[4, 16], c_steps=20_000_000, score_trials=200),
+    | dict(cell=True, bias=False, where="dream", tau=[1.3], trials=[4, 16], c_steps=20_000_000, score_trials=200),
     "carracing": dict(action_dim=3, squash="car", policy="brownian", max_steps=1000, patience=100, episodes=300)
     | dict(z_dim=32, v_steps=8000, beta=0.1, focus=50.0, hidden=256, heads="reward", restart=False, m_steps=3000)
     | dict(cell=False, bias=True, where="real", tau=[1.0], trials=[2, 16], c_steps=12_000_000, score_trials=64),
@@ -68,7 +68,7 @@ def parse_args(argv, steps, description):
     add("--log", choices=LOGS, help="also send the numbers of training there")
     add("--iterations", type=positive, default=3, help="rounds of `iterate`")
     given = parser.parse_args(argv)
-    default = dict(run=Path(f"runs/worldmodels_{given.env}"), n_mix=5, mixture="vector")
+    default = dict(run=Path(f"runs/worldmodels_{given.env}"), n_mix=5, mixture="dimension")
     default |= dict(previous=None, test_env=None, log=None)
     args = argparse.Namespace(**default | RECIPES[given.env] | vars(given) | given.sizes)
     args.sizes = ",".join(f"{name}={getattr(args, name)}" for name in SIZES)
