@@ -429,8 +429,8 @@ def write_table(results, path):
     rows = [header]
     for planner, result in results.items():
         args = result["args"]
-        search = "gradient steps" if planner.endswith("gd") else f"× {args['num_samples']} candidates"
-        search = f"{args['opt_steps']} {search}" if args["opt_steps"] else "none"
+        tried = "gradient steps" if planner.endswith("gd") else f"× {args['num_samples']} candidates"
+        search = f"{args['opt_steps']} {tried}" if args["opt_steps"] else "none"
         for k, (low, high) in enumerate(result["interval"]):
             row = [f"`{planner}`", search, f"{k + 1} × {args['n_taken_actions']}"]
             row += [f"{result['success_by_iter'][k]:.2f} [{low:.2f}, {high:.2f}]"]

@@ -58,8 +58,7 @@ class VAE(nn.Module):
             *(nn.Conv2d(128, 256, 4, stride=2), nn.ReLU()),
             nn.Flatten(),
         )
-        self.mu = nn.Linear(1024, z_dim)
-        self.logvar = nn.Linear(1024, z_dim)
+        self.mu, self.logvar = nn.Linear(1024, z_dim), nn.Linear(1024, z_dim)
         self.decoder = nn.Sequential(
             *(nn.Linear(z_dim, 1024), nn.Unflatten(1, (1024, 1, 1))),
             *(OnePixelDeconv(1024, 128, 5, stride=2), nn.ReLU()),
@@ -516,12 +515,13 @@ def train_c(args):
     args.device = processes.join(str(args.device))
     _, rnn, controller = load_models(args)
     mean = load_c(args.previous, *c_names(args)) if args.previous else np.zeros(controller.num_params)
-    real, rnn = args.where == "real", rnn.to(args.device, common.short_numbers(args.device))
+    real = args.where == "real"
     with EpisodePool(args.workers, args.env, 64, make_agents, args) if real else contextlib.nullcontext() as pool:
         for name in c_names(args):
             if real:
                 scores = functools.partial(real_scores, pool, args)
             else:
+                rnn = rnn.to(args.device, common.short_numbers(args.device))
                 scores = functools.partial(dream_scores, make_dream(args, rnn, name), controller)
             path = args.run / f"c_{name}.pt"
             budget = args.popsize, args.trials, args.c_steps, args.score_trials, args.sigma0, args.seed

@@ -131,8 +131,8 @@ def main():
     args.ckpt, device = args.ckpt or [newest_run()], torch.device(args.device)
     out = common.output_folder("plan_outputs", args.name or Path(args.ckpt[0]).resolve().name)
     models = {run: load_model(run, device, args.data, args.weights) for run in args.ckpt}
-    for run in (run for run, model in models.items() if not hasattr(model, "rollout")):
-        raise common.UserError(f"{run} draws the way to a goal, and cannot say what actions lead to")
+    if drawn := [run for run, model in models.items() if not hasattr(model, "rollout")]:
+        raise common.UserError(f"{drawn[0]} draws the way to a goal, and cannot say what actions lead to")
     if len({(model.world["env"], model.world["img_size"], model.frameskip) for model in models.values()}) > 1:
         raise common.UserError("only runs of one environment, --img-size and --frameskip can be compared")
     model, count = models[args.ckpt[0]], len(args.seed) * args.n_evals

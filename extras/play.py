@@ -250,7 +250,7 @@ body { background: #0d1420; color: #dbe4f0 }
 .count { white-space: pre }
 """
 UNFOCUS = "() => document.activeElement.blur()"  # the keys are the player's, and not a slider's
-RELEASE = "<script>addEventListener('blur', () => emitEvent('release'))</script>"  # another window gets the key's end
+RELEASE = "<script>addEventListener('blur', () => emitEvent('release'))</script>"  # where keys go up unseen
 
 
 def page(games):

@@ -150,7 +150,7 @@ def has_bfloat16(device):
 
 
 def short_numbers(device):
-    """bfloat16 if a device computes with it, else float32."""
+    """The dtype bfloat16 if a device computes with it, and float32 if not."""
     return torch.bfloat16 if has_bfloat16(device.type) else torch.float32
 
 

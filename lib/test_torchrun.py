@@ -91,7 +91,7 @@ def test_processes_that_see_different_data_are_refused(folder):
     assert "error: the processes of torchrun see different data at datasets/pointmaze" in printed
 
 
-def test_two_processes_find_a_controller_and_in_the_real_environment_the_same_as_one(folder):
+def test_two_processes_find_a_controller_and_for_the_real_world_the_one_that_one_finds(folder):
     script, tiny = (
         ROOT / "vae_mdnrnn.py",
         ["--env", "pointmaze", "--episodes", 4, "--max-steps", 15, "--sizes", "hidden=8"],
