@@ -5,17 +5,20 @@ import json
 import shutil
 from unittest import mock
 
+import gymnasium as gym
 import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import train
 from encoders import build_encoder
-from extras import budget, horizon, representation, tokens
+from extras import budget, calibration, horizon, representation, tokens
 from lib import pictures, processes
-from lib.worlds import make_env
+from lib.worlds import make_env, play_alone
 from predictor import WorldModel
+from test_all import run_all
 
 # ---------------------------------------------------------------------------------------------------------
 # horizon.py
@@ -191,6 +194,41 @@ def test_linear_probe_and_intervals():
 
 
 # ---------------------------------------------------------------------------------------------------------
+# calibration.py
+
+
+def test_dreams_stand_beside_games(tmp_path, script, one_process):
+    run_all(tmp_path)
+    rnn = load_file(tmp_path / "rnn.safetensors")
+    rnn["heads.reward.weight"] *= 0
+    rnn["heads.reward.bias"][:] = 0.5
+    save_file(rnn, tmp_path / "rnn.safetensors")  # now each of the 8 steps of a dream is worth 0.5
+    code, out, err = script("extras.calibration", "--run", tmp_path, "--tau", 2, "0.5", "--episodes", 3)
+    assert code == 0, err
+    players = json.loads((tmp_path / "calibration.json").read_text())
+    assert list(players) == ["never moves", "moves at random", "dream_tau1"]
+    assert all(list(returns) == ["game", "0.5", "2"] for returns in players.values())
+    assert all(returns[tau] == [4, 4, 4] for returns in players.values() for tau in ("0.5", "2"))
+    still = lambda obs: np.zeros(2, np.float32)  # noqa: E731
+    games = [play_alone(make_env("pointmaze"), still, calibration.SEED + i, 8) for i in range(3)]
+    assert np.allclose(players["never moves"]["game"], [game["rewards"].sum() for game in games], atol=1e-6)
+    assert players["moves at random"]["game"] != players["never moves"]["game"]
+    assert "| never moves |" in out and out.count("4 ± 0 (± 0)") == 6
+    assert (tmp_path / "calibration.png").exists()
+
+
+def test_who_moves_at_random_does_so_in_a_dream():
+    space, seen = gym.spaces.Box(np.float32([-1, 0]), np.float32([1, 3])), []
+    dream = mock.Mock(device=torch.device("cpu"), generator=torch.Generator(), keep=lambda rows: None)
+    dream.reset = lambda num: torch.zeros(num, 3)
+    dream.step = lambda a: (seen.append(a), torch.zeros(len(a), 3), torch.ones(len(a)), torch.ones(len(a)) > 0)[1:]
+    assert calibration.dream_returns(dream, None, space, None, 50) == [1] * 50
+    actions = torch.cat(seen)
+    assert (actions.amin(0) - torch.tensor([-1, 0])).abs().max() < 0.1
+    assert (actions.amax(0) - torch.tensor([1, 3])).abs().max() < 0.1
+
+
+# ---------------------------------------------------------------------------------------------------------
 # tokens.py
 
 
@@ -231,6 +269,8 @@ def test_frames_of_pointmaze_come_in_clips(monkeypatch):
         ("horizon", "no trained model under runs/"),
         ("horizon --ckpt a b", "no model at a: train one"),
         ("horizon --ckpt a --steps 0", "0 is not a whole number of at least 1"),
+        ("calibration", "no run of World Models at runs/worldmodels_takecover"),
+        ("calibration --tau 0", "0 is not a number above 0"),
         ("tokens --encoders patches,x", "unknown x; known: pca"),
         ("tokens --encoders state", "unknown state; known: pca"),
         ("tokens --encoders patches --data datasets/pointmaze", "as long as a window of 8 model steps"),

@@ -1,0 +1,106 @@
+"""Can a dream be believed? What simple players, and each C of a run, earn in the game and in dreams of it.
+
+A dream teaches C about the game if it grants a player what the game does (section 4.3 of World Models, and its table of
+temperatures). Two players need no training: one that never moves, which is a C of zeros, and one that moves at random.
+The games are not those that `test` plays, so that a temperature may be chosen by them.
+
+    python -m extras.calibration                                         # of runs/worldmodels_takecover
+    python -m extras.calibration --run runs/other --tau 0.5 1 --episodes 200
+
+Writes calibration.json, calibration.md and calibration.png into the folder of the run, with means, standard deviations
+and 95 % intervals of the means.
+"""
+
+import functools
+
+import numpy as np
+import torch
+
+import vae_mdnrnn as wm
+from lib import common, pictures, recipes
+from lib.common import tqdm
+from lib.worlds import EpisodePool, make_env
+
+SEED = 555_000_000  # of the first game
+
+
+def find_players(run, controller):
+    """{name: weights of C (n,)} of a run, with the player that never moves. Who moves at random has none."""
+    names = [path.stem.removeprefix("c_") for path in sorted(run.glob("c_*.safetensors"))]
+    found = {name: recipes.load_weights(run / f"c_{name}.safetensors", controller.num_params) for name in names}
+    return {"never moves": np.zeros(controller.num_params, np.float32), "moves at random": None, **found}
+
+
+def game_returns(pool, args, weights, episodes):
+    """What a player earns in `episodes` games, (episodes,)."""
+    who = "uniform" if weights is None else weights
+    jobs = [dict(who=who, seed=SEED + i, steps=args.max_steps) for i in range(episodes)]
+    return [earned for earned, _ in pool.returns(jobs)]
+
+
+def dream_returns(dream, controller, space, weights, episodes):
+    """What a player earns in `episodes` dreams, (episodes,)."""
+    low, high = (torch.as_tensor(x, device=dream.device) for x in (space.low, space.high))
+    act = controller
+    if weights is None:
+        weights, generator = np.zeros(1, np.float32), torch.Generator(dream.device).manual_seed(SEED)
+        draw = functools.partial(torch.rand, generator=generator, device=dream.device)
+        act = lambda own, _: low + (high - low) * draw(len(own), len(low))  # noqa: E731
+    return wm.dream_scores(dream, act, weights[None], SEED, episodes)[0][0].tolist()
+
+
+def measure(args, taus, episodes):
+    """{player: {"game" or the temperature of the dream: returns (episodes,)}} of the run of `args`."""
+    _, rnn, controller = wm.load_models(args)
+    rnn = rnn.to(args.device, common.short_numbers(torch.device(args.device)))
+    players, starts = find_players(args.run, controller), recipes.load_starts(args)
+    env = make_env(args.env)
+    env.close()
+    results = {}
+    with EpisodePool(args.workers, args.env, 64, wm.make_agents, args) as pool:
+        for name, weights in tqdm(players.items(), "calibrate", unit="player"):
+            results[name] = {"game": game_returns(pool, args, weights, episodes)}
+            for tau in taus:
+                dream = wm.Dream(rnn, starts, tau, args.max_steps, args.cell)
+                results[name][f"{tau:g}"] = dream_returns(dream, controller, env.action_space, weights, episodes)
+    return results
+
+
+def report(results, taus, run):
+    """Writes the table, and the figure: what each dream grants (lines), and what the game does (dotted lines)."""
+    columns = ["game", *(f"{tau:g}" for tau in taus)]
+    rows, lines, bands = [["", "game", *(f"dream at {tau:g}" for tau in taus)]], [], []
+    for i, (name, returns) in enumerate(results.items()):
+        mean, std = (np.array([f(returns[column]) for column in columns]) for f in (np.mean, np.std))
+        half = 1.96 * std / len(returns["game"]) ** 0.5
+        game, around = mean[:1].repeat(len(taus)), half[:1].repeat(len(taus))
+        rows.append([name, *(f"{m:.0f} ± {s:.0f} (± {h:.0f})" for m, s, h in zip(mean, std, half, strict=True))])
+        lines += [(taus, mean[1:], f"C{i}o-", name), (taus, game, f"C{i}:", None)]
+        bands += [(taus, mean[1:] - half[1:], mean[1:] + half[1:]), (taus, game - around, game + around)]
+    table = common.markdown_table(rows)
+    common.write_atomic(run / "calibration.md", table)
+    print(f"mean ± standard deviation (± 95 % interval of the mean)\n\n{table}")
+    axes = dict(xlabel="temperature of the dream", ylabel="return (dotted: in the game)")
+    pictures.write_plot(run / "calibration.png", lines, bands, **axes)
+
+
+def main():
+    parser = common.Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--run", default="runs/worldmodels_takecover", help="a run of vae_mdnrnn.py")
+    add("--tau", type=common.above_zero, nargs="+", default=[0.5, 1.0, 1.5, 2.0, 3.0], help="temperatures of the dream")
+    add(
+        "--episodes",
+        type=common.number(int, 2, 10**5),
+        default=100,
+        help="number of games, and of dreams at each --tau",
+    )
+    given = parser.parse_args()
+    args, taus = recipes.open_run(given.run, wm.STEPS), sorted(set(given.tau))
+    results = measure(args, taus, given.episodes)
+    common.write_json(args.run / "calibration.json", results)
+    report(results, taus, args.run)
+
+
+if __name__ == "__main__":
+    common.run_script(main)
