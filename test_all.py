@@ -668,19 +668,19 @@ def test_v_decodes_its_one_pixel_by_a_transposed_convolution_and_its_loss_is_squ
 def test_mdn_nll_and_samples_are_those_of_torch_distributions(mixture):
     rnn, z, h = wm.MDNRNN(6, 2, 16, mixture=mixture), torch.randn(7, 6), torch.randn(7, 16)
 
-    def library(logpi, mu, logsigma, tau=1.0):
+    def library(logit, mu, logsigma, tau=1.0):
         normal = Independent(Normal(mu, tau**0.5 * logsigma.exp()), 1)
-        return MixtureSameFamily(Categorical(logits=logpi / tau), normal)
+        return MixtureSameFamily(Categorical(logits=logit / tau), normal)
 
-    logpi, mu, logsigma = (part.detach() for part in rnn.mixture(h))
-    expected = -library(logpi, mu, logsigma).log_prob(z.unflatten(-1, mu.shape[1::2])).sum(-1)
-    close(wm.mdn_nll(logpi, mu, logsigma, z), expected, rtol=1e-5, atol=1e-5)
-    one = logpi[0], mu[0], logsigma[0]
+    logit, mu, logsigma = (part.detach() for part in rnn.mixture(h))
+    expected = -library(logit, mu, logsigma).log_prob(z.unflatten(-1, mu.shape[1::2])).sum(-1)
+    close(wm.mdn_nll(logit, mu, logsigma, z), expected, rtol=1e-5, atol=1e-5)
+    one = logit[0], mu[0], logsigma[0]
     for tau in (0.5, 1.0, 2.0):
         drawn, true = wm.mdn_sample(*(part.expand(200_000, *part.shape) for part in one), tau), library(*one, tau)
         close(drawn.mean(0), true.mean.flatten(), atol=0.02, rtol=0.02)
         close(drawn.var(0), true.variance.flatten(), atol=0, rtol=0.05)
-    most_likely = mu[0][torch.arange(len(mu[0])), logpi[0].argmax(-1)].flatten()
+    most_likely = mu[0][torch.arange(len(mu[0])), logit[0].argmax(-1)].flatten()
     close(wm.mdn_sample(*one, tau=1e-9), most_likely, atol=1e-3, rtol=0)
     nn.init.constant_(rnn.mdn.bias, -100.0)
     wm.mdn_nll(*rnn.mixture(h), z).sum().backward()  # a tiny sigma

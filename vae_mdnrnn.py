@@ -161,24 +161,24 @@ class MDNRNN(nn.Module):
         return self.lstm(torch.cat(x, -1).to(self.mdn.weight.dtype), state)
 
     def mixture(self, h):
-        """h (..., hidden) -> log pi (..., G, K), mu and log sigma (..., G, K, D) of the next z."""
+        """h (..., hidden) -> pi as logits (..., G, K), mu and log sigma (..., G, K, D) of the next z."""
         K, D = self.n_mix, self.z_dim // self.groups
         logit, mu, logsigma = self.mdn(h).float().unflatten(-1, (self.groups, -1)).split([K, K * D, K * D], -1)
         mu, logsigma = mu.unflatten(-1, (K, D)), logsigma.unflatten(-1, (K, D))
-        return logit.log_softmax(-1), mu, logsigma.clamp(min=-7)  # a sigma of 0 would be an infinite likelihood
+        return logit, mu, logsigma.clamp(min=-7)  # a sigma of 0 would be an infinite likelihood
 
 
-def mdn_nll(logpi, mu, logsigma, z):
+def mdn_nll(logit, mu, logsigma, z):
     """z (..., z_dim) -> -log sum_k pi_k N(z | mu_k, sigma_k^2) in nats, summed over the groups: (...,)."""
     z = z.unflatten(-1, (mu.shape[-3], 1, mu.shape[-1]))  # (..., G, 1, D)
     log_n = -0.5 * ((z - mu) * torch.exp(-logsigma)).square() - logsigma - 0.5 * math.log(2 * math.pi)
-    return -torch.logsumexp(logpi + log_n.sum(-1), -1).sum(-1)
+    return -torch.logsumexp(logit.log_softmax(-1) + log_n.sum(-1), -1).sum(-1)
 
 
-def mdn_sample(logpi, mu, logsigma, tau=1.0, generator=None):
-    """z (..., z_dim): k ~ Categorical(softmax(log pi / tau)), then z ~ N(mu_k, tau sigma_k^2) (the paper's code)."""
-    u = torch.rand(logpi.shape, generator=generator, device=mu.device).clamp_(1e-20, 1 - 1e-7)
-    k = (logpi / tau - torch.log(-torch.log(u))).argmax(-1)  # (..., G): the largest of Gumbels is a categorical sample
+def mdn_sample(logit, mu, logsigma, tau=1.0, generator=None):
+    """z (..., z_dim): k ~ Categorical(softmax(logit / tau)), then z ~ N(mu_k, tau sigma_k^2) (the paper's code)."""
+    u = torch.rand(logit.shape, generator=generator, device=mu.device).clamp_(1e-20, 1 - 1e-7)
+    k = (logit / tau - torch.log(-torch.log(u))).argmax(-1)  # (..., G): the largest of Gumbels is a categorical sample
     k = k[..., None, None].expand(*k.shape, 1, mu.shape[-1])  # (..., G, 1, D)
     mu, sigma = mu.gather(-2, k), logsigma.gather(-2, k).exp()
     noise = torch.randn(mu.shape, generator=generator, device=mu.device)
