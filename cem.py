@@ -72,9 +72,9 @@ def coloured_noise(beta, dof):
     """
 
     def noise(B, M, T, A, **options):
-        white = torch.randn(B, M, T * A // dof, dof, **options)
-        spectrum = torch.fft.rfft(white, dim=2)
-        f, L = torch.fft.rfftfreq(white.shape[2], device=white.device), white.shape[2]
+        L = T * A // dof  # environment steps
+        spectrum = torch.fft.rfft(torch.randn(B, M, L, dof, **options), dim=2)
+        f = torch.fft.rfftfreq(L, device=spectrum.device)
         scale = f.clamp(min=1 / L) ** (-beta / 2)  # the mean is as loud as the slowest wave
         both = torch.cat([scale, scale[1 : (L + 1) // 2]])  # the frequencies below zero, too
         scale = scale / both.square().mean().sqrt()

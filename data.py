@@ -57,18 +57,20 @@ def write_dataset(out, episodes, total, meta):
     out = Path(out)
     if out.exists():
         raise UserError(f"{out} is there: remove it, or choose another folder")
-    with common.partial(out, folder=True) as partial:
+    with common.whole(out, folder=True) as temporary:
         writers, ends = {}, []
         for episode in tqdm(episodes, total=total, desc=f"write {out}", unit="episode"):
             for name, rows in episode.items():
                 if name not in writers:
-                    writers[name] = NpyWriter(partial / f"{name}.npy", rows.shape[1:], rows.dtype)
+                    writers[name] = NpyWriter(temporary / f"{name}.npy", rows.shape[1:], rows.dtype)
                 writers[name].append(rows)
             ends.append(writers["frames"].rows)
+        if not ends:
+            raise UserError(f"there is no episode to write into {out}")
         for writer in writers.values():
             writer.close()
-        np.save(partial / "episode_ends.npy", np.array(ends))
-        common.write_json(partial / "meta.json", {**meta, "version": VERSION, "rows": ends[-1]})
+        np.save(temporary / "episode_ends.npy", np.array(ends))
+        common.write_json(temporary / "meta.json", {**meta, "version": VERSION, "rows": ends[-1]})
     return Dataset(out)
 
 
@@ -96,10 +98,10 @@ class Dataset:
         if not (self.path / "meta.json").is_file():
             raise UserError(f"no data set at {path} (no meta.json there): python data.py --out {path}")
         self.meta = common.read_json(self.path / "meta.json")
-        for name, (ndim, kind) in {**self.ARRAYS, "episode_ends": (1, "i")}.items():
-            setattr(self, name, open_array(self.path / f"{name}.npy", ndim, kind))
         if self.meta.get("version") != VERSION:
             raise UserError(f"{path} is of format version {self.meta.get('version')}, not {VERSION}: collect it again")
+        for name, (ndim, kind) in {**self.ARRAYS, "episode_ends": (1, "i")}.items():
+            setattr(self, name, open_array(self.path / f"{name}.npy", ndim, kind))
         self.episode_starts = np.concatenate([[0], self.episode_ends[:-1]])
         self.check()
 
@@ -128,10 +130,10 @@ class Dataset:
     def __len__(self):
         return len(self.episode_ends)
 
-    def split(self, val_fraction=0.1, seed=42):
+    def split(self):
         """Episode numbers (train, validation). As in DINO-WM they are the same whatever the seed of the run."""
-        order = np.random.default_rng(seed).permutation(len(self))
-        cut = max(1, round(val_fraction * len(self)))
+        order = np.random.default_rng(42).permutation(len(self))
+        cut = max(1, round(0.1 * len(self)))
         return np.sort(order[cut:]), np.sort(order[:cut])
 
     def rows(self, episodes):
@@ -173,9 +175,9 @@ class Windows:
         starts, ends = dataset.episode_starts[episodes], dataset.episode_ends[episodes] - span + 1
         if not (starts < ends).any():
             raise UserError(
-                f"no episode of {dataset.path} is as long as a window of {num_frames} model steps, {span} rows; the "
-                f"longest has {(ends - starts).max() + span - 1}: collect longer ones (python data.py --steps), or "
-                "lower --num-hist or --rollout-steps"
+                f"none of {len(episodes)} episodes of {dataset.path} is as long as a window of {num_frames} model "
+                f"steps, {span} rows; the longest has {(ends - starts).max() + span - 1}: collect longer ones (python "
+                "data.py --steps), or ask for fewer model steps"
             )
         self.starts = np.concatenate([np.arange(s, e) for s, e in zip(starts, ends, strict=True)])
 
@@ -195,12 +197,12 @@ class Windows:
 
     def batches(self, order, tokens, batch_size, device, frames=0):
         """Yields the windows in the given order, a batch at a time. Of several processes each gets its part of every
-        batch, and "share" is how large that is, in units of an equal part."""
+        batch, and "weight" is how large that is, in units of an equal part."""
         for i in range(0, len(order), batch_size):
             whole = order[i : i + batch_size]
             part = whole[RANK::WORLD_SIZE]
             batch = self.batch(part if len(part) else whole[:1], tokens, device, frames)  # no part, no weight
-            yield batch | {"share": len(part) * WORLD_SIZE / len(whole)}
+            yield batch | {"weight": len(part) * WORLD_SIZE / len(whole)}
 
 
 @torch.no_grad()
@@ -216,7 +218,7 @@ def token_cache(encoder, dataset, device, batch_size=256):
     shape = (len(dataset.frames), encoder.num_patches, encoder.dim)
     if not all(processes.gather(path.is_file())):
         dtype = np.float32 if encoder.num_patches == 1 else np.float16  # 196 x 384 numbers a frame: halve them
-        with common.partial(path) if RANK == 0 else contextlib.nullcontext(os.devnull) as temporary:
+        with common.whole(path) if RANK == 0 else contextlib.nullcontext(os.devnull) as temporary:
             writer = NpyWriter(temporary, shape[1:], dtype)
             starts = range(0, shape[0], batch_size * WORLD_SIZE)
             for i in tqdm(starts, desc=f"encode with {encoder.name}", unit="batch"):
@@ -259,9 +261,9 @@ def main():
     size = "side of the frames in pixels; those of --from are cropped to their middle square, and resized"
     add("--img-size", type=positive, default=64, help=size)
     add("--seed", type=common.seed_number, default=0, help="the same seed gives the same data set")
-    add("--workers", type=positive, default=os.cpu_count(), help="number of processes")
-    name = "folder to write (default: datasets/ENV, or the name of what is imported; with _SIZE if that is not 64)"
-    add("--out", help=name)
+    add("--workers", type=positive, help="number of processes (default: one per core)")
+    name = "datasets/NAME, where NAME is --env or that of what is imported; datasets/NAME_SIZE if --img-size is not 64"
+    add("--out", help=f"folder to write (default: {name})")
     add("--inspect", metavar="DIR", help="describe this data set instead of collecting one")
     args = parser.parse_args()
     if args.inspect:

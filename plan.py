@@ -28,7 +28,6 @@ above: the graph, the path, and what the ball did. Several planners get a folder
 
 import argparse
 import contextlib
-import math
 import time
 from functools import partial
 from pathlib import Path
@@ -40,7 +39,7 @@ from cem import cem, coloured_noise, gradient_descent, mpc, mppi
 from data import Windows, open_dataset, token_cache
 from lib import common, pictures, processes
 from lib.common import RANK, UserError, positive
-from lib.pointmaze import SHIFTS
+from lib.pointmaze import SHIFTS, PointMaze
 from lib.speed import bench_planning
 from lib.waypoints import Graph, Route
 from lib.worlds import can_be_set, make_env
@@ -49,10 +48,9 @@ from predictor import WorldModel, load_model
 CONTROLS = {"random": "random policy", "oracle": "true simulator"}
 METHODS = ("cem", "icem", "mppi", "gd")
 PLANNERS = METHODS + tuple(f"mpc-{method}" for method in METHODS)
-# What a plan costs, if no flag says otherwise. That of cem is DINO-WM's; icem plans as well with a sixth of it.
+# What a plan costs, if no flag says otherwise. That of cem is DINO-WM's; icem plans equally well with a sixth of it.
 BUDGETS = {"cem": dict(num_samples=300, topk=30, opt_steps=10), "icem": dict(num_samples=100, topk=10, opt_steps=5)}
-BUDGETS |= {"mppi": BUDGETS["cem"], "gd": dict(num_samples=1, topk=1, opt_steps=1000)}
-GROUPS = {"cem": 10, "icem": 10, "mppi": 10, "gd": 50}  # problems that are planned at a time
+BUDGETS |= {"mppi": dict(num_samples=300, opt_steps=10), "gd": dict(num_samples=1, opt_steps=1000)}
 FILMS = 4  # problems that are filmed
 
 
@@ -154,7 +152,8 @@ def solve(worlds, cost_for, model, args, device, group=0):
             free = lambda a: cost(a * model.action_std + model.action_mean)  # noqa: E731
             bounds = ((bound - model.action_mean) / model.action_std for bound in (low, high))
             step = options["lr"], options["action_noise"]
-            return gradient_descent(free, mean, args.opt_steps, *step, *bounds, generator)
+            with torch.backends.cudnn.flags(enabled=False):  # its GRU has no gradient outside of training
+                return gradient_descent(free, mean, args.opt_steps, *step, *bounds, generator)
         clipped = lambda a: cost(to_world(a))  # noqa: E731
         if method == "mppi":
             return mppi(clipped, mean, std, args.num_samples, args.opt_steps, options["temperature"], generator)
@@ -165,24 +164,23 @@ def solve(worlds, cost_for, model, args, device, group=0):
     def act(problems, actions):
         return worlds.act(problems, to_world(actions).cpu())
 
-    steps = args.n_taken_actions, args.max_iter
-    return mpc(plan, act, len(worlds.states), args.goal_H, model.action_dim, *steps, device, start)
+    limits = args.n_taken_actions, args.max_iter
+    return mpc(plan, act, len(worlds.states), args.goal_H, model.action_dim, *limits, device, start)
 
 
 def in_groups(solve_group, num_problems, planner, title):
-    """Success (max_iter, problems) of all problems. `solve_group(group, problems)` solves some of them at a time, as
-    many whatever their number, so that how they are dealt out to the processes of torchrun changes no result."""
-    size = GROUPS[planner.removeprefix("mpc-")]
+    """Success (max_iter, problems) of all problems. `solve_group(group, problems)` solves some of them at a time. How
+    many does not depend on how torchrun's processes share the groups, so that their number changes no result."""
+    size = 50 if planner.endswith("gd") else 10
     groups = list(enumerate(slice(i, i + size) for i in range(0, num_problems, size)))
     return torch.cat(processes.share(lambda group: solve_group(*group), groups, title), dim=1)
 
 
 def controls(env, starts, goals, model, args, graph=None):
     """Success rates by iteration of the controls in args.baselines, on the same problems and for as long."""
-    oracle = argparse.Namespace(**vars(args))
-    if args.planner.endswith("gd") or not args.num_samples:  # the simulator has no gradient, and draws nothing
-        oracle = argparse.Namespace(**vars(args) | BUDGETS["icem"] | {"planner": "icem"})
-    device, steps = model.action_mean.device, (args.n_taken_actions, args.max_iter)
+    other = args.planner.endswith("gd") or not args.opt_steps  # the simulator has no gradient, and draws nothing
+    oracle = argparse.Namespace(**vars(args) | (BUDGETS["icem"] | {"planner": "icem"} if other else {}))
+    device, limits = model.action_mean.device, (args.n_taken_actions, args.max_iter)
 
     def random_policy(group, problems):
         worlds, rng = Worlds(env, starts[problems], goals[problems]), np.random.default_rng([args.seed[0], group])
@@ -192,7 +190,7 @@ def controls(env, starts, goals, model, args, graph=None):
             actions = rng.uniform(low, high, (*mean.shape[:2], model.frameskip, len(low)))
             return torch.from_numpy(actions).float().flatten(2)
 
-        return mpc(draw, worlds.act, len(worlds.states), args.goal_H, model.action_dim, *steps)
+        return mpc(draw, worlds.act, len(worlds.states), args.goal_H, model.action_dim, *limits)
 
     def true_simulator(group, problems):
         worlds = Worlds(env, starts[problems], goals[problems], graph=graph)
@@ -299,8 +297,12 @@ def get_problems(env, args, model):
         return read_problems(args.goal_source, env, model.world["env"])
     dataset, steps = open_episodes(args, model), args.goal_H * model.frameskip
     train_episodes, episodes = dataset.split()
-    mean, std = dataset.statistics(train_episodes)["action"]
-    span, lengths = steps // dataset.meta["frameskip"], dataset.episode_ends - dataset.episode_starts
+    if args.goal_source == "random_action":
+        mean, std = dataset.statistics(train_episodes)["action"]
+    span, rest = divmod(steps, dataset.meta["frameskip"])
+    if rest:
+        raise UserError(f"--goal-H {args.goal_H} is {steps} steps of the world, but {dataset.path} has rows of several")
+    lengths = dataset.episode_ends - dataset.episode_starts
     episodes = [e for e in episodes if lengths[e] > span]
     if not episodes:
         raise UserError(f"no validation episode of {dataset.path} is longer than {span} rows (--goal-H)")
@@ -335,7 +337,8 @@ def read_problems(path, env, env_name):
         raise UserError(f"{path} holds problems of {content['env']}, the checkpoint is of {env_name}")
     with contextlib.suppress(ValueError, KeyError, TypeError):
         problems = np.array([content["starts"], content["goals"]], np.float64)
-        if problems.size and problems.shape[2:] == env.state.shape and np.isfinite(problems).all():
+        shape = env.sample_state(np.random.default_rng(0)).shape
+        if problems.size and problems.shape[2:] == shape and np.isfinite(problems).all():
             return problems
     raise UserError(f"{path} is not a whole file of --save-targets: write it again")
 
@@ -347,7 +350,7 @@ def run(model, env, starts, goals, args, device, out, graph=None):
     """Plans to all goals with one planner, writes what came of it to the folder `out`, and returns it."""
     from scipy.stats import binomtest  # here, because its import takes a second
 
-    n, begin, filmed, ways = len(starts), time.perf_counter(), None, []
+    n, begin, filmed, counts = len(starts), time.perf_counter(), None, []
     objective = args.objective, args.planner_args["alpha"], args.planner_args["base"]
 
     def solve_group(group, problems):
@@ -356,24 +359,24 @@ def run(model, env, starts, goals, args, device, out, graph=None):
         history = args.history, model.frameskip
         worlds = Worlds(env, starts[problems], goals[problems], films, *history, graph, group)
         filmed = filmed or worlds
-        cost_for = latent_cost(model, worlds, device, *objective) if args.num_samples else None
         with common.bfloat16(device, args.dtype == "bfloat16"):
+            cost_for = latent_cost(model, worlds, device, *objective) if args.opt_steps else None
             success = solve(worlds, cost_for, model, args, device, group)
-        ways.append(worlds.route and worlds.route.count())
+        counts.append(worlds.route and worlds.route.count())
         return success
 
     success = in_groups(solve_group, n, args.planner, f"{args.planner} with {args.ckpt}")
     seconds, rates = time.perf_counter() - begin, success.float().mean(1).tolist()
     results = {
         "args": vars(args),
-        "success_by_iter": rates,  # and its 95 % interval (Wilson, 1927)
-        "interval": [list(binomtest(k, n).proportion_ci(method="wilson")) for k in success.sum(1).tolist()],
+        "success_by_iter": rates,
+        "interval": [list(binomtest(k, n).proportion_ci(method="wilson")) for k in success.sum(1).tolist()],  # of 95 %
         "n_evals": n,
         "controls": controls(env, starts, goals, model, args, graph),
         "seconds": seconds,
     }
     if graph:
-        plans, lost = np.sum(sum(processes.gather(ways), []), axis=0).tolist()
+        plans, lost = np.sum(sum(processes.gather(counts), []), axis=0).tolist()
         results["waypoints"] = {"plans": plans, "without": lost}
         print(f"{lost} of {plans} plans went without waypoints: the graph had no neighbour, or no path")
     if RANK:
@@ -450,13 +453,13 @@ PLANNER_ARGS = {
     "base": (2.0, common.above_zero, "with --objective all: weight of a frame over that of the one before"),
     "var_scale": (1.0, common.above_zero, "first standard deviation, in units of the data's actions"),
     "momentum": (0.0, common.number(float, 0, 0.999), "share of CEM's old mean and deviation that stays"),
-    "maxnorm": (math.inf, common.above_zero, "bound of CEM's candidates, in the units of var_scale"),
+    "maxnorm": (1e6, common.above_zero, "bound of CEM's candidates, in the units of var_scale"),
     "noise_beta": (1.0, common.number(float, 0, 10), "icem's noise has the spectrum 1 / f^beta"),
     "keep": (3, positive, "icem's elites that run again"),
     "temperature": (0.1, common.above_zero, "temperature of mppi, in standard deviations of the candidates' costs"),
-    "lr": (1.0, common.above_zero, "learning rate of gd"),
-    "action_noise": (0.003, common.number(float, 0, 1e3), "noise that gd adds at each step"),
-    "sample_type": ("randn", common.choice("randn", "zero"), "what gd starts from"),
+    "lr": (1.0, common.above_zero, "learning rate of the gd planner"),
+    "action_noise": (0.003, common.number(float, 0, 1e3), "noise that the gd planner adds at each step"),
+    "sample_type": ("randn", common.choice("randn", "zero"), "what the gd planner starts from"),
 }
 
 
@@ -477,16 +480,18 @@ def get_args(argv=None):
     add("--save-targets", metavar="PATH", help="write the problems to this file")
     add("--planner", type=common.names(PLANNERS), default="mpc-icem", help=f"one or more of {', '.join(PLANNERS)}")
     read = common.key_values({name: read for name, (_, read, _) in PLANNER_ARGS.items()})
-    what = "; ".join(f"{name}: {what}" for name, (*_, what) in PLANNER_ARGS.items())
+    what = "; ".join(f"{name}={default}: {what}" for name, (default, _, what) in PLANNER_ARGS.items())
     add("--planner-args", type=read, default={}, help=f"settings of the planners, as K=V,K=V: {what}")
     add("--goal-H", type=positive, default=5, help="planning horizon in model steps")
     add("--n-taken-actions", type=positive, help="model steps before replanning (default: goal_H; paper's variant: 1)")
-    add("--history", type=positive, help="true frames imagined from (default: 1; paper's: num_hist; a system's own)")
+    history = "number of true frames from which a plan imagines (default: 1; paper's: num_hist; a system's own)"
+    add("--history", type=positive, help=history)
     add("--max-iter", type=positive, help="MPC iterations (default: as many as make 10 goal_H model steps)")
     waypoints = "graph: plan to waypoints on the shortest path to the goal in a graph over the training frames"
     add("--waypoints", choices=("graph",), help=waypoints)
     add("--objective", choices=("last", "all"), default="last", help="imagined frames that should be like the goal")
-    budget = {name: ", ".join(f"{method} {BUDGETS[method][name]}" for method in METHODS) for name in BUDGETS["gd"]}
+    has = {name: [method for method in METHODS if name in BUDGETS[method]] for name in BUDGETS["cem"]}
+    budget = {name: ", ".join(f"{method} {BUDGETS[method][name]}" for method in has[name]) for name in has}
     add("--num-samples", type=positive, help=f"number of candidates (default: {budget['num_samples']})")
     add("--topk", type=positive, help=f"number of elites (default: {budget['topk']})")
     add("--opt-steps", type=positive, help=f"iterations per plan (default: {budget['opt_steps']})")
@@ -515,8 +520,10 @@ def settle(args, planner, model=None):
         setattr(args, name, getattr(args, name) or default)
     if method in ("cem", "icem") and not 2 <= args.topk <= args.num_samples:
         raise UserError(f"--topk {args.topk} must lie between 2 and --num-samples {args.num_samples}")
-    if method == "icem" and args.planner_args["keep"] >= args.num_samples:
+    if method == "icem" and min(args.planner_args["keep"], args.topk) >= args.num_samples:
         raise UserError(f"keep={args.planner_args['keep']} leaves no new candidate of --num-samples {args.num_samples}")
+    if method == "mppi" and args.num_samples < 2:
+        raise UserError("mppi weighs candidates against each other: --num-samples must be at least 2")
     if model is not None:
         args.history, wide = args.history or model.history, args.device.startswith("cuda") or model.wide
         args.dtype = args.dtype or ("bfloat16" if wide and common.has_bfloat16(args.device) else "float32")
@@ -552,6 +559,10 @@ def main():
         raise UserError(f"--waypoints wants a model with a frozen encoder, which {args.ckpt} is not")
     processes.use_threads(device, model.num_patches)
     env = open_world(model, args.shift)
+    of_mazes = {"--baselines oracle": "oracle" in args.baselines, "--waypoints": args.waypoints}
+    of_mazes |= {"--goal-source random_action": args.goal_source == "random_action"}
+    if not isinstance(env, PointMaze) and (given := [flag for flag, is_given in of_mazes.items() if is_given]):
+        raise UserError(f"{given[0]} is for the mazes, and not for {model.world['env']}")
     graph, (starts, goals) = open_graph(args, model, device), get_problems(env, args, model)
     if args.save_targets and RANK == 0:
         content = {"env": model.world["env"], "starts": starts.tolist(), "goals": goals.tolist()}

@@ -198,7 +198,7 @@ def test_a_loss_that_is_no_number_is_an_error():
 
 def test_workers_keep_the_order_and_one_that_dies_is_reported():
     with processes.Workers(1) as pool:
-        assert list(pool.map(abs, range(-5, 5), 2)) == [5, 4, 3, 2, 1, 0, 1, 2, 3, 4]
+        assert list(pool.map(abs, range(-5, 5))) == [5, 4, 3, 2, 1, 0, 1, 2, 3, 4]
         with pytest.raises(UserError, match="worker process died"):
             list(pool.map(os._exit, range(4)))
 
@@ -235,9 +235,10 @@ def test_rendered_and_threaded_simulation_equal_stepping():
         np.testing.assert_allclose(threaded, ends[0], atol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["pointmaze", "pointmaze-d4rl"])
 @pytest.mark.parametrize("shift", pointmaze.SHIFTS)
-def test_another_appearance_is_seen_and_not_felt(shift):
-    plain, other = worlds.make_env("pointmaze"), worlds.make_env("pointmaze", shift=shift)
+def test_another_appearance_is_seen_and_not_felt(shift, name):
+    plain, other = worlds.make_env(name), worlds.make_env(name, shift=shift)
     state, frames = plain.sample_state(np.random.default_rng(0)), []
     for env in (plain, other):
         env.set_state(state)
@@ -247,6 +248,11 @@ def test_another_appearance_is_seen_and_not_felt(shift):
     assert (plain.state == other.state).all()
     assert np.abs(frames[0][0] - frames[1][0]).max() > 20 and (frames[0][0] == frames[0][1]).all()
     assert (frames[1][0] == frames[1][1]).all() == (shift in ("colours", "light", "camera"))  # the others change
+    if shift in ("camera", "distractor", "noise"):  # the maze is still there, and most of it where it was
+        assert (np.abs(frames[0][0] - frames[1][0]).max(-1) > 60).mean() < 0.2
+    if shift == "distractor":  # the second ball is red, and in the maze
+        red = (np.array(frames[1]) - frames[0][0])[..., 0] > 60
+        assert red.any((1, 2)).all()
 
 
 @pytest.mark.parametrize("maze", ["UMaze", "Large"])
@@ -450,6 +456,9 @@ def test_windows_stay_in_their_episode_and_concatenate_actions(tmp_path):
     alone = fake_dataset(tmp_path / "alone", [9])
     with pytest.raises(UserError, match="has 1 episode: two are needed"):
         data.Windows(alone, alone.split()[0], 2, 1)
+    with pytest.raises(UserError, match="there is no episode to write"):
+        fake_dataset(tmp_path / "none", [])
+    assert not (tmp_path / "none").exists()
 
 
 def test_statistics_and_split_are_by_episode(tmp_path):
@@ -2050,7 +2059,9 @@ plan --n-taken-actions 6                                | --n-taken-actions 6 is
 plan --baselines magic                                  | unknown magic; known: random, oracle
 plan --planner cem,sgd                                  | unknown sgd; known: cem, icem, mppi, gd, mpc-cem
 plan --planner-args sample_type=ones                    | unknown ones; known: randn, zero
-plan --planner icem --planner-args keep=100             | keep=100 leaves no new candidate of --num-samples 100
+plan --planner ,                                        | no name is given; known: cem, icem, mppi
+plan --planner mppi --num-samples 1                     | mppi weighs candidates against each other
+plan --topk 9 --num-samples 9 --planner-args keep=9     | keep=9 leaves no new candidate of --num-samples 9
 """
 
 
@@ -2083,7 +2094,7 @@ train --env nowhere                                       | unknown environment 
 train --data missing                                      | no data set at missing
 train --img-size 32 --data datasets/pointmaze             | datasets/pointmaze has --img-size 64, and not 32
 train --env pointmaze-large --data datasets/pointmaze     | has --env pointmaze, and not pointmaze-large
-train --num-hist 10000000                                 | no episode of datasets/pointmaze is as long as a window of 1
+train --num-hist 10000000                                 | episodes of datasets/pointmaze is as long as a window of 1
 train --rollout-steps 4                                   | as a window of 7 model steps, 7 rows; the longest has 6
 train --predictor rwm --encoder state                     | 11 rows; the longest has 6: collect longer ones
 train --encoder vjepa_tiny                                | as a window of 8 model steps, 8 rows; the longest has 6
@@ -2128,7 +2139,7 @@ def test_sizes_beyond_the_memory_are_one_line(command, runs, run, little_memory)
     run(command, "there is not enough memory")
 
 
-def test_a_world_or_data_set_that_does_not_fit_a_run_is_named(runs, run):
+def test_a_world_or_data_set_that_does_not_fit_a_run_is_named(runs, run, monkeypatch):
     run("plan --ckpt runs/rwm --planner-args alpha=0.5", "alpha weighs proprio, which runs/rwm does not")
     for edit, message in (
         ({"env": "carracing"}, "carracing cannot be put into a start and a goal state, so no plan can be tried in it"),
@@ -2140,6 +2151,10 @@ def test_a_world_or_data_set_that_does_not_fit_a_run_is_named(runs, run):
     Path("datasets/pointmaze/meta.json").write_text(json.dumps(meta))
     message = "datasets/pointmaze has env pointmaze-medium, the checkpoint has pointmaze"
     run("plan --ckpt runs/plain --goal-source dset --data datasets/pointmaze", message)
+    monkeypatch.setattr(plan, "PointMaze", mock.Mock)  # now the world is another one that can be put into a state
+    for flag in ("--baselines oracle", "--waypoints", "--goal-source random_action"):
+        given = flag + " graph" * (flag == "--waypoints")
+        run(f"plan --ckpt runs/plain {given}", f"{flag} is for the mazes, and not for pointmaze")
 
 
 def test_a_run_is_gone_on_with_by_its_own_flags_alone(runs, run):

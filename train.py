@@ -39,11 +39,11 @@ from predictor import LAPTOP, PREDICTORS, SIZES, WorldModel
 
 FIT_FRAMES = 20_000  # how many training frames are shown to an encoder that is fitted
 DECODER_LR = 3e-4  # Adam's, as released
-# What training takes if no flag says otherwise: for patches that of DINO-WM, for one token a frame what suits a laptop.
+# The budget of training where no flag sets it: DINO-WM's for patches, and what suits a laptop for one token a frame.
 BUDGETS = {
-    "batch_size": {"patches": 32, "one": 512, "one, rwm or vjepa2_ac": 128},
-    "epochs": {"patches": 100, "one": 12, "one, rwm or vjepa2_ac": 20},
-    "lr": {"patches": 5e-4, "one": 2e-3, "one, rwm or vjepa2_ac": 5e-4},
+    "batch_size": {"patches": 32, "one token, vit": 512, "one token, rwm or vjepa2_ac": 128},
+    "epochs": {"patches": 100, "one token, vit": 12, "one token, rwm or vjepa2_ac": 20},
+    "lr": {"patches": 5e-4, "one token, vit": 2e-3, "one token, rwm or vjepa2_ac": 5e-4},
 }
 
 
@@ -108,7 +108,7 @@ def train(args):
         groups.append({"params": decoder, "lr": DECODER_LR, "weight_decay": 0.0})
 
     # the budget
-    kind = "patches" if not single else "one" if args.predictor == "vit" else "one, rwm or vjepa2_ac"
+    kind = "patches" if not single else f"one token, {'vit' if args.predictor == 'vit' else 'rwm or vjepa2_ac'}"
     batch_size, epochs, lr = (getattr(args, name) or BUDGETS[name][kind] for name in BUDGETS)
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     steps_per_epoch = -(-len(train_windows) // batch_size)
@@ -127,7 +127,7 @@ def train(args):
         except (KeyError, RuntimeError, ValueError):
             raise UserError(f"{unfinished} does not go on with this version: remove {directory}") from None
         print(f"{directory}: going on after epoch {len(log)} of {epochs}")
-    step = DistributedDataParallel(model) if WORLD_SIZE > 1 else model  # all processes begin as the first one is
+    parallel = DistributedDataParallel(model) if WORLD_SIZE > 1 else model  # all processes begin as the first one is
     tokens = dataset.frames if system else data.token_cache(encoder, dataset, device)
     if RANK == 0:
         common.write_json(directory / "args.json", flags)
@@ -145,12 +145,12 @@ def train(args):
         start, total = time.perf_counter(), torch.zeros((), device=device)
         for batch in train_windows.batches(order, tokens, batch_size, device, frames=1 if decoder else 0):
             with common.bfloat16(device, device.type == "cuda"):
-                objective, loss = step(batch, args.rollout_steps)
+                objective, loss = parallel(batch, args.rollout_steps)
             optimizer.zero_grad(set_to_none=True)
-            (objective * batch["share"]).backward()
+            (objective * batch["weight"]).backward()
             optimizer.step()
             schedule.step()
-            total += loss * batch["share"]
+            total += loss * batch["weight"]
             bar.update()
         entry = {"epoch": epoch + 1, "train": sum(processes.gather(total.item())) / WORLD_SIZE / steps}
         entry |= validate(model, val_windows, tokens, batch_size, device, args.rollout_steps)
@@ -196,14 +196,15 @@ def validate(model, windows, tokens, batch_size, device, rollout_steps):
         visual = model.encode(batch)["visual"][:, : model.num_hist + 1]
         values = {"val": loss, **{f"val_{name}": part for name, part in parts.items()}}
         values["copy"] = model.criterion(visual[:, :-1], visual[:, 1:])
-        weight = len(visual) / len(windows) if batch["share"] else 0.0
+        weight = len(visual) / len(windows) if batch["weight"] else 0.0
         for name, value in values.items():
             sums[name] = sums.get(name, 0.0) + value.item() * weight
-    return {name: sum(part[name] for part in processes.gather(sums)) for name in sums}
+    parts = processes.gather(sums)
+    return {name: sum(part[name] for part in parts) for name in sums}
 
 
 @torch.no_grad()
-def show_imagination(model, dataset, episodes, num_frames, tokens, device, directory, count=8):
+def show_imagination(model, dataset, episodes, num_frames, tokens, device, directory):
     """Draws what is imagined from the first true frames of some validation windows, and measures how good it is.
 
     Returns the `likeness` of what is imagined, and for a WorldModel mean squared errors of decoded true latents
@@ -213,7 +214,7 @@ def show_imagination(model, dataset, episodes, num_frames, tokens, device, direc
     lengths = (dataset.episode_ends - dataset.episode_starts)[episodes]
     longest = lengths.max() * dataset.meta["frameskip"] // model.frameskip
     windows = data.Windows(dataset, episodes, max(num_frames, min(10, longest)), model.frameskip)
-    order = np.linspace(0, len(windows) - 1, count).astype(int)
+    order = np.linspace(0, len(windows) - 1, 8).astype(int)
     batch = windows.batch(order, tokens, device, windows.num_frames)
     z, frames, H, known = model.encode(batch), batch["frames"], model.num_hist, model.context
     errors = {}
@@ -304,7 +305,8 @@ def get_args(argv=None):
     peak = common.number(float, 0, 1, open_low=True)
     add("--lr", type=peak, help=f"peak learning rate of AdamW {default['lr']}")
     add("--seed", type=common.seed_number, default=0, help="the same seed gives the same run")
-    add("--name", help="name of the run under runs/ (default: ENV_ENCODER, and _PREDICTOR if it is not vit)")
+    name = "ENV_ENCODER or ENV_SYSTEM, and _PREDICTOR and _VARIANT where they are not the defaults"
+    add("--name", help=f"name of the run under runs/ (default: {name})")
     add("--device", type=common.available_device, default=common.default_device(), help="where to compute")
     add("--log", choices=LOGS, help="also send the numbers of log.csv there")
     add("--bench", action="store_true", help="measure how fast models of two sizes learn, instead of training one")

@@ -306,8 +306,8 @@ def get_args():
     args = parser.parse_args()
     cores = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun's processes share them
     args.workers = args.workers or (cores if args.device == "cpu" else 1)
-    if not (args.encoder and args.env and args.seeds):
-        raise UserError("--encoder, --env and --seeds each have to name at least one")
+    if not (args.encoder and args.seeds):
+        raise UserError("--encoder and --seeds each have to name at least one")
     return args
 
 
@@ -340,7 +340,7 @@ def main():
     left = [job for job in jobs if not (run_path(args, *job) / "study.json").exists()]
     left = [(args, *job) for job in processes.gather(left)[0][RANK::WORLD_SIZE]]  # dealt out to torchrun's processes
     with processes.Workers(min(args.workers, max(1, len(left)))) as pool:
-        list(tqdm(pool.map(run_job, left, 1), "study", len(left), unit="run"))
+        list(tqdm(pool.map(run_job, left), "study", len(left), unit="run"))
     processes.gather(None)
     if RANK:
         return  # the first process alone writes

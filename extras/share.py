@@ -118,7 +118,7 @@ def main():
     files |= {path.name: as_bytes(path, args.half) for path in models}
     files["args.json"] = (args.run / "args.json").read_bytes()
     if args.folder:
-        with common.partial(args.folder, folder=True) as folder:
+        with common.whole(args.folder, folder=True) as folder:
             for file, content in files.items():
                 (folder / file).write_bytes(content)
         return print(f"{args.folder}: {sum(map(len, files.values())) / 1e6:.1f} MB")

@@ -231,7 +231,7 @@ def main():
     jobs = [(env, name, seed) for seed in range(args.seeds) for env in args.env for name in names if seed in seeds[env]]
     left = [(args, *job) for job in jobs if not (run_path(args, *job) / "study.json").exists()]
     with processes.Workers(min(args.workers, max(1, len(left)))) as pool:
-        list(tqdm(pool.map(run_job, left, 1), "systems", len(left), unit="run"))
+        list(tqdm(pool.map(run_job, left), "systems", len(left), unit="run"))
     measured = {job: common.read_json(run_path(args, *job) / "study.json") for job in jobs}
     results = {(env, name): [measured[env, name, seed] for seed in seeds[env]] for env in args.env for name in names}
     write_tables(args, results, root / "table.md")

@@ -54,14 +54,14 @@ def run_script(main):
         message = " ".join(str(error).split())
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             message = f"cannot write {error.filename or 'the output'}: {error.strerror}"
-        elif isinstance(error, MemoryError | RuntimeError) and re.search("MemoryError|memory|allocate", repr(error)):
+        elif isinstance(error, MemoryError | RuntimeError) and re.search("Memory|out of memory|allocate", repr(error)):
             message = f"there is not enough memory ({message[:100]}): choose smaller sizes or a smaller --batch-size"
         elif not isinstance(error, UserError):
             raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if RANK:  # what all processes meet is said by the first one, and torchrun ends the others meanwhile
+    if RANK:  # the first process reports an error that all meet, and torchrun ends the others while they sleep
         signal.signal(signal.SIGTERM, lambda *_: os._exit(2))
         time.sleep(10)
     print(f"error: {message}", file=sys.stderr)
@@ -109,6 +109,8 @@ def names(known):
         chosen = list(dict.fromkeys(name for name in text.split(",") if name))
         if unknown := [name for name in chosen if name not in known]:
             raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}; known: {', '.join(known)}")
+        if not chosen:
+            raise argparse.ArgumentTypeError(f"no name is given; known: {', '.join(known)}")
         return chosen
 
     return parse
@@ -181,7 +183,7 @@ def same_flags(directory, flags):
 
 
 @contextlib.contextmanager
-def partial(path, folder=False):
+def whole(path, folder=False):
     """Yields a temporary file or folder beside `path`, which is renamed to `path` when the block has ended well.
 
     The temporary one is locked while it is written. One without a lock was left behind by a killed process, and the
@@ -227,7 +229,7 @@ def remove(path):
 
 def write_atomic(path, content):
     """Writes `content`: bytes, text, or a function that writes to a temporary path. `path` is never half-written."""
-    with partial(path) as temporary:
+    with whole(path) as temporary:
         if callable(content):
             content(temporary)
         else:

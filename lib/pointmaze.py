@@ -1,7 +1,7 @@
 """PointMaze: a ball that a force pushes through a maze, as DINO-WM plans it.
 
 The maze is Gymnasium-Robotics', with its MuJoCo model and physics, seen from straight above. One environment step is
-five physics steps of 0.01 s, and the speed is clipped to +-5 m/s before each, as in D4RL's maze2d (Fu et al., 2020,
+five physics steps of 0.01 s, before which the speed is clipped to +-5 m/s, as in D4RL's maze2d (Fu et al., 2020,
 arXiv:2004.07219), on which DINO-WM (Zhou et al., 2024, arXiv:2411.04983) plans. DINO-WM's own world, as its data were
 rendered, is PointMazeD4RL.
 """
@@ -36,12 +36,13 @@ class PointMaze(gym.Env):
     """A ball in a maze, pushed by a force and seen from straight above.
 
     The state and the proprioception are (x, y, vx, vy) in metres and m/s. The action in [-1, 1]^2 is the force on the
-    ball. The reward is exp(-distance to the goal), D4RL's dense one. It never terminates: the caller sets the length.
-    `maze` is one of the package's maps, UMaze, Medium or Large; frames are square, with `img_size` pixels a side;
-    `shift`, one of SHIFTS, is another appearance of the same world.
+    ball. The reward is exp(-distance to `goal`), D4RL's dense one; `goal` is the middle of the first free cell. It
+    never terminates: the caller sets the length. `maze` is one of the package's maps, UMaze, Medium or Large. Frames
+    are square, with `img_size` pixels a side; `shift`, one of SHIFTS, is another appearance of the same world.
     """
 
     DT, PHYSICS_STEPS, MAX_SPEED, BALL_RADIUS, REACHED = 0.01, 5, 5.0, 0.1, 0.5
+    ORIGIN = 0.0  # where the ball is drawn, x and y in metres, when its state says (0, 0)
     metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
     render_mode = "rgb_array"
 
@@ -69,8 +70,8 @@ class PointMaze(gym.Env):
         model.opt.timestep = self.DT
         model.site("target").rgba[:] = 0  # the goal marker is never seen
         free = np.array(env.maze.maze_map) != 1
-        # What is out of sight costs time, too: a frame takes a third of it once the floor of 80 m ends behind the maze
-        # (after whole periods of its pattern, so that it looks the same), and a wall's side is one piece.
+        # To draw what is out of sight takes time. So the floor of 80 m ends just behind the maze, after whole periods
+        # of its pattern, and each side of a wall is one piece. It looks the same in a third of the time.
         reach = 4 * math.ceil((max(free.shape) / 2 + 1) / 4)  # m
         model.mat_texrepeat[model.geom_matid[0]] *= reach / model.geom_size[0, 0]
         model.geom_size[0, :2], model.vis.quality.numquads = reach, 1
@@ -141,7 +142,7 @@ class PointMaze(gym.Env):
         self.mujoco.mj_camlight(self.model, self.data)
         self._renderer.update_scene(self.data, self._camera)
         if self.shift == "distractor":  # a second, red ball at a random place
-            scene, position = self._renderer.scene, [*self.sample_state(self.shift_rng)[:2], 0.2]
+            scene, position = self._renderer.scene, [*self.sample_state(self.shift_rng)[:2] + self.ORIGIN, 0.2]
             sphere, red = self.mujoco.mjtGeom.mjGEOM_SPHERE, np.array([1, 0, 0, 1], np.float32)
             size, upright = np.full(3, self.BALL_RADIUS), np.eye(3).ravel()
             self.mujoco.mjv_initGeom(scene.geoms[scene.ngeom], sphere, size, position, upright, red)
@@ -171,7 +172,8 @@ class PointMaze(gym.Env):
         elif self.shift == "light":
             model.vis.headlight.ambient[:], model.vis.headlight.diffuse[:] = 0.25, (0.7, 0.6, 0.4)  # dim and warm
         elif self.shift == "camera":
-            camera.azimuth, camera.lookat[:2] = 93, (0.1, 0.1)  # turned by 3 degrees, moved by 0.1 m each way
+            camera.azimuth = 93  # turned by 3 degrees, moved by 0.1 m each way
+            camera.lookat[:2] += 0.1
 
     def aim(self, camera, scene):
         """Looks orthographically at the whole maze. Without shadows and haze a frame takes a third less time."""
@@ -195,7 +197,7 @@ class PointMazeD4RL(PointMaze):
     """
 
     MAP = "#####", "#   #", "### #", "#   #", "#####"
-    MAX_START_SPEED = 5.2262554  # the range of D4RL's data
+    MAX_START_SPEED, ORIGIN = 5.2262554, 1.2  # the speed is the range of D4RL's data
     MJCF = """<mujoco>
       <compiler angle="radian" inertiafromgeom="true"/>
       <option timestep="{timestep}" gravity="0 0 0" iterations="20" integrator="Euler"/>
@@ -241,8 +243,8 @@ class PointMazeD4RL(PointMaze):
 
     def sample_problem(self, seed, n):
         """Start and goal states of the n-th problem of a seed, as the release draws them."""
-        if not 0 < seed * n + 1 < 2**32 or seed == 0:
-            raise UserError(f"--seed {seed} is not a seed of the release (with 0 all its problems are the same)")
+        if seed == 0 or seed * n + 1 >= 2**32:
+            raise UserError(f"the release has no problem {n} of --seed {seed}: take a small seed, and not 0")
         rng = np.random.RandomState(seed * n + 1)
         return self.sample_state(rng), self.sample_state(rng)
 

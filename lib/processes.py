@@ -54,10 +54,10 @@ class Workers(ProcessPoolExecutor):
         spawn = multiprocessing.get_context("spawn")  # a forked copy of threads or of a renderer hangs
         super().__init__(workers, spawn, _begin_worker, (initializer, initargs))
 
-    def map(self, function, items, chunksize=4):
+    def map(self, function, items):
         """Yields `function(item)` in order. UserError if a worker process dies."""
         try:
-            yield from super().map(function, items, chunksize=chunksize)
+            yield from super().map(function, items)
         except BrokenProcessPool:
             raise UserError("a worker process died (did the memory run out?): try fewer --workers") from None
 
@@ -66,7 +66,7 @@ class Workers(ProcessPoolExecutor):
 
 
 def _begin_worker(initializer, initargs):
-    """Makes a worker end with its parent, without which it would wait for work for ever."""
+    """Makes a worker end with its parent, without which it would wait for work for ever, and then prepares it."""
     parent, wait = multiprocessing.parent_process().sentinel, multiprocessing.connection.wait
     threading.Thread(target=lambda: (wait([parent]), os._exit(1)), daemon=True).start()
     if initializer:

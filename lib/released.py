@@ -239,7 +239,7 @@ def main():
         if args.convert.exists():
             raise UserError(f"{args.convert} is there: remove it, or choose another folder for --convert")
         model = load_released_model(args.path, "cpu", args.data, args.weights)
-        with common.partial(args.convert, folder=True) as folder:
+        with common.whole(args.convert, folder=True) as folder:
             common.write_json(folder / "args.json", {"released": str(args.path)})
             model.save_pretrained(folder)
         print(f"{args.path} is converted: python plan.py --ckpt {args.convert}")

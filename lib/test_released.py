@@ -98,7 +98,7 @@ def test_pointmaze_d4rl_poses_the_releases_problems():
     starts, goals = plan.random_problems(env, types.SimpleNamespace(seed=[99, 7], n_evals=4))
     np.testing.assert_array_equal([starts[3], goals[3]], expected)
     np.testing.assert_array_equal(starts[5], env.sample_problem(7, 1)[0])
-    with pytest.raises(UserError, match="seed 0 is not a seed of the release"):
+    with pytest.raises(UserError, match="no problem 0 of --seed 0"):
         env.sample_problem(0, 0)
     here, away, behind = np.array([[1, 1, 0, 0], [1.4, 1, 3, 3], [1.6, 1, 0, 0]], float)
     assert env.goal_reached(here, away) and not env.goal_reached(here, behind)  # less than 0.5 m, whatever the speed

@@ -274,7 +274,7 @@ def test_a_system_that_plans_without_a_cost_is_asked_for_actions(workplace, scri
         ("--system dino", "unknown system 'dino'; known: dreamer, iris, tdmpc2, lewm, avdc"),
         ("--system lewm --encoder vae --num-hist=2", "--system lewm has no --encoder, --num-hist"),
         ("--system dreamer --sizes dim=3", "--system dreamer has no size dim; it has channels, deter"),
-        ("--system dreamer --data short", "no episode of short is as long as a window of 8 model steps"),
+        ("--system dreamer --data short", "episodes of short is as long as a window of 8 model steps"),
         ("--system dreamer --data small", "wants frames of 8, 16, 32, 64, ... pixels a side, not 24"),
         ("--system tdmpc2 --data small", "--system tdmpc2 wants frames of 64, 128, ... pixels a side, not 24"),
         ("--system dreamer --img-size 32 --data datasets/pointmaze", "has --img-size 64, and not 32"),

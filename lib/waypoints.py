@@ -97,8 +97,8 @@ class Route:
     def __init__(self, graph, worlds):
         self.graph, self.worlds, self.log = graph, worlds, []
         goals, self.near = graph.find(worlds.goal_obs)
-        ways = dict(unweighted=True, return_predecessors=True)
-        self.steps, self.next = dijkstra(graph.edges.T, indices=goals, **ways)  # backwards, from the goals
+        options = dict(unweighted=True, return_predecessors=True)
+        self.steps, self.next = dijkstra(graph.edges.T, indices=goals, **options)  # backwards, from the goals
 
     def ahead(self, problems):
         """The node (B,) at which a plan for each of these problems aims now, or -1 for the goal itself."""

@@ -266,7 +266,7 @@ def play(envs, agents, jobs):
     """Plays `jobs`, the arguments of `rollout`, in len(envs) environments at once, and returns the episodes in order.
 
     agents(frames (B, H, W, 3)) gives the actions (B, A) of all; agents.begin(i, who, seed) tells it that an episode
-    begins in environment i. It always computes all B rows, whoever needs them, because then an episode is the same to
+    begins in environment i. It always computes all B rows, needed or not, because then an episode is the same to
     the last bit whichever others are played beside it.
     """
     episodes, waiting = [None] * len(jobs), enumerate(jobs)
@@ -314,7 +314,7 @@ class EpisodePool(contextlib.ExitStack):
         make_env(env, img_size).close()  # an unknown name or a missing package fails here, in one line
         super().__init__()
         self.size = workers
-        self.workers = self.enter_context(Workers(workers, _begin_worker, (env, img_size, make_agents, *args)))
+        self.workers = self.enter_context(Workers(workers, _open_worlds, (env, img_size, make_agents, *args)))
 
     def map(self, jobs):
         """Yields the episodes in order."""
@@ -326,18 +326,18 @@ class EpisodePool(contextlib.ExitStack):
 
     def _map(self, function, jobs, size):
         chunks = [jobs[i : i + size] for i in range(0, len(jobs), size)]
-        for results in self.workers.map(function, chunks, chunksize=1):
+        for results in self.workers.map(function, chunks):
             yield from results
 
 
-def _begin_worker(env, img_size, make_agents, *args):
+def _open_worlds(env, img_size, make_agents, *args):
     global _make_env, _envs, _agents
     _make_env, _envs, _agents = partial(make_env, env, img_size), [], make_agents and make_agents(*args)
 
 
 def _play(jobs):
     """The episodes of some jobs. Each depends on its own job alone."""
-    size = 1 if isinstance(jobs[0]["who"], str) else min(BATCH, len(jobs))  # who acts at random waits for nobody
+    size = 1 if isinstance(jobs[0]["who"], str) else min(BATCH, len(jobs))  # a random policy gains nothing from a batch
     _envs.extend(_make_env() for _ in range(size - len(_envs)))
     return play(_envs[:size], _agents, jobs)
 
