@@ -179,6 +179,15 @@ def test_a_constant_latent_costs_tdmpc2_nothing_and_lewm_much():
     assert abs(losses["tdmpc2"]) < 1e-6 and losses["lewm"] > 1
 
 
+def test_a_new_lewm_tells_frames_apart_that_are_almost_alike():
+    frames = torch.full((8, 6, 64, 64, 3), 100.0)
+    for i, (x, y) in enumerate(np.random.default_rng(0).integers(0, 60, (48, 2))):
+        frames.flatten(0, 1)[i, x : x + 3, y : y + 3] = 130.0  # a pale ball
+    batch = {"visual": frames, "action": torch.zeros(8, 6, 10)}
+    variance = {name: build(name).train().loss(batch)[1]["variance"] for name in ("tdmpc2", "lewm")}
+    assert variance["lewm"] > 1e-4 and variance["tdmpc2"] < 1e-5
+
+
 @pytest.mark.parametrize(("name", "learns"), [("tdmpc2", False), ("lewm", True)])
 def test_targets_teach_the_eyes_in_lewm_alone_and_the_decoder_never(name, learns):
     model, batch = build(name), some_batch(4, 6)
