@@ -158,7 +158,7 @@ class VAEEncoder(FrozenEncoder):
         token_i = (mu_i(x') - m_i) / (s_i + c max s)    m_i, s_i: mean and standard deviation of mu_i
 
     On the plain frames V would fail in four ways:
-    - The ball is 2 % of the pixels, and V paints the background first. So x' has no background, and full contrast.
+    - The ball is 0.5 % of the pixels, and V paints the background first. So x' has no background, and full contrast.
     - At full weight, the KL term charges more for the ball's place than the frame gains. So its factor beta is small.
     - Some dimensions collapse even so, and dividing by their tiny deviation would blow up noise. This is what c is for.
     - The latent of a sharp ball says that two places differ, not how far apart they are. L makes neighbours overlap."""
@@ -204,7 +204,7 @@ class VJEPATinyEncoder(FrozenEncoder):
         token = LN(E'([x, x]))          as in `vjepa2`, a frame is doubled to make a clip of one tubelet
 
     Deviations from the release:
-    - Each pixel is standardised over the frames. The ball covers 2 % of them, and otherwise the tokens would collapse.
+    - Each pixel is standardised over the frames, since the ball covers 0.5 % of them and the tokens would collapse.
     - A block hides half of the clip, not all of it, because nobody can place a ball that is hidden throughout.
     - There are 1,500 steps of 16 clips, so the average is faster (0.998, not 0.99925). There is no weight decay and no
       augmentation."""
@@ -219,7 +219,7 @@ class VJEPATinyEncoder(FrozenEncoder):
         self.register_buffer("scale", torch.ones(3, img_size, img_size))
 
     def standardised(self, images):
-        """(B, 3, h, w) -> (B, 3, img_size, img_size), each pixel with mean 0 and deviation 1 over the frames."""
+        """(B, 3, h, w) -> (B, 3, img_size, img_size). Over the frames each pixel has mean 0 and a deviation below 1."""
         return (self.resize(images) - self.mean) / self.scale
 
     def fit(self, frames, seed=0, steps=1500, batch_size=16, momentum=0.998):
@@ -375,7 +375,7 @@ class EfficientNetEncoder(FrozenEncoder):
         token = (f - m) / s      m: f's mean over the frames at each place; s, one number, makes the tokens' variance 1
 
     Without m and s most of a token is what never changes, the walls, and a network with random weights gives numbers
-    of any size. They are the same as those of `patches`, so that the two differ by the network alone."""
+    of any size. m and s are defined as in `patches`, so that the two encoders differ by the network alone."""
 
     def __init__(self, name, img_size, size, weights, pool=False):
         super().__init__(name, img_size, dim=112, patch=None if pool else 16)

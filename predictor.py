@@ -57,7 +57,8 @@ from lib.weights import load_renamed, model_folder, rename
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with a pre-norm, (B, L, D) -> (B, L, D), causal by frames of `tokens` tokens."""
+    """Multi-head self-attention with a pre-norm over x (B, L, D), causal by frames of `tokens` tokens each. Returns the
+    answers for the tokens from `first` on, and the keys and values."""
 
     def __init__(self, dim, heads, dim_head, dropout):
         super().__init__()
@@ -90,8 +91,8 @@ class Block(nn.ModuleList):
 
 
 def run_blocks(blocks, x, tokens, tables=(), newest=False, memory=None):
-    """Sends a window x (B, L, D) of frames of so many `tokens` through one block after another. A block also gets each
-    token's row of the `tables`. Returns what comes out, and a memory for the next call.
+    """Sends a window x (B, L, D) of frames of `tokens` tokens each through one block after another. A block also gets
+    each token's row of the `tables`. Returns what comes out, and a memory for the next call.
 
     With `newest`, only the tokens of the newest frame come out, and nothing is computed twice. While the window grows,
     no frame changes its position and none sees a later one, so the memory keeps the keys and values of the earlier
@@ -201,9 +202,9 @@ class RWMPredictor(nn.Module):
 class ACPredictor(nn.Module):
     """V-JEPA 2-AC's transition: a transformer over frames of one action, one state and N patch tokens.
 
-    Deviations: the next state is the state plus what a head reads from its token, because only in the release's world
-    *is* an action the change of the state. And training imagines the states as planning does, where the release reads
-    the true ones. The default sizes are those of the release, which has 300 M parameters, and d 1408, P 7 and A 7.
+    Deviations: the next state is the state plus what a head reads from its token, because an action is the change of
+    the state only in the release's world. In training, imagination also predicts the states, as planning does; the
+    release reads the true ones. The default sizes are the release's, which has 300 M parameters, d 1408, P 7 and A 7.
     """
 
     criterion = staticmethod(F.l1_loss)
@@ -374,9 +375,9 @@ class WorldModel(nn.Module):
         proprio = criterion(predicted[..., n:], target[..., n:]) if m else visual.new_zeros(())
         return (n * visual + m * proprio) / (n + m), visual, proprio
 
-    def loss(self, batch, rollout_steps=1, decay=1.0):
+    def loss(self, batch, rollout_steps=1):
         """Teacher forcing, one step ahead of H frames in parallel. K = `rollout_steps` > 1 adds the mean error of K
-        imagined frames, the k-th weighed by decay^k (alpha^k in the Robotic World Model).
+        imagined frames (the Robotic World Model's alpha is 1).
 
         batch: {"visual": tokens (B, H + K, N, d), "proprio": (B, H + K, P), "action": (B, H + K, A)}.
         Returns the loss and its parts, {"visual", "proprio"} of the first term, and "rollout"."""
@@ -389,11 +390,9 @@ class WorldModel(nn.Module):
         loss, visual, proprio = self.error(predicted, after)
         parts = {"visual": visual.detach(), "proprio": proprio.detach()}
         if rollout_steps > 1:
-            start, rollout = self.context, 0.0
-            imagined = self.imagine(z[:, :start], batch["action"][:, : start + rollout_steps - 1])
-            for k in range(rollout_steps):
-                error, *_ = self.error(imagined[:, start + k], target[:, start + k])
-                rollout = rollout + decay ** (k + 1) * error / rollout_steps
+            start, end = self.context, self.context + rollout_steps
+            imagined = self.imagine(z[:, :start], batch["action"][:, : end - 1])
+            rollout, *_ = self.error(imagined[:, start:], target[:, start:end])
             loss, parts["rollout"] = loss + rollout, rollout.detach()
         return loss, parts
 
@@ -403,8 +402,8 @@ class WorldModel(nn.Module):
         loss, _ = self.loss(batch, rollout_steps)
         if self.decoder is None:
             return loss, loss.detach()
-        visual = self.encode(batch)["visual"][:DECODER_FRAMES, -1:]
-        decoder_loss, *_ = self.decoder_loss(visual, batch["frames"][:DECODER_FRAMES])
+        last = {name: batch[name][:DECODER_FRAMES, -1:] for name in ("visual", "proprio")}
+        decoder_loss, *_ = self.decoder_loss(self.encode(last)["visual"], batch["frames"][:DECODER_FRAMES])
         return loss + decoder_loss, loss.detach()
 
     def rollout(self, z0, actions):
@@ -441,8 +440,8 @@ class WorldModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, run, device="cpu"):
-        """The model in a run's folder, or in a repository USER/NAME of the Hugging Face hub, in eval mode. If it is a
-        system, it is one of lib/systems.py. UserError if it is missing or not ours."""
+        """The model in a run's folder, or in a repository USER/NAME of the Hugging Face hub, in eval mode. If
+        its config.json names a `system`, the class is from lib/systems.py. UserError if it is missing or not ours."""
         path = model_folder(run) / "model.safetensors"
         config, state = common.read_json(path.with_name("config.json")), common.load_safetensors(path, device)
         try:

@@ -78,9 +78,10 @@ class Diffusion(nn.Module):
         """The loss, and x^: the films as they are cleaned in one step."""
         t, noise = torch.randint(len(self.alpha), x.shape[:1], device=x.device), torch.randn_like(x)
         x_t, v = self.noised(x, t, noise)
-        said = network(x_t, t, *condition)
+        predicted = network(x_t, t, *condition)
         alpha, sigma = self.at(t, x)
-        return (self.weight[t] * (said - v).square().flatten(1).mean(1)).mean(), (alpha * x_t - sigma * said).detach()
+        loss = (self.weight[t] * (predicted - v).square().flatten(1).mean(1)).mean()
+        return loss, (alpha * x_t - sigma * predicted).detach()
 
     def draw(self, network, x, steps, *condition):
         """Films out of the noise x, in `steps` steps of DDIM."""
@@ -131,8 +132,8 @@ class VideoBlock(nn.Module):
 
 
 class VideoUNet(nn.Module):
-    """What it says of a film at the times t (B,) of the diffusion. The `condition` (B, C', h, w) is laid beside each
-    frame."""
+    """A U-Net from a noised film x, the times t (B,) of the diffusion and a `condition` (B, C', h, w), which is laid
+    beside each frame, to a film of x's shape."""
 
     def __init__(self, channels, condition, width):
         super().__init__()
@@ -204,7 +205,7 @@ class AVDC(System):
         return {"visual": visual, "proprio": visual[:, :, 0, :0]}
 
     def decode(self, visual):
-        """Frames as `encode` returns them -> frames (B, T, H, W, 3) uint8. Nobody sees more than the small ones."""
+        """Frames as `encode` returns them -> frames (B, T, H, W, 3) uint8. They show no more than the small ones."""
         small = visual.unflatten(-1, (3, SIDE, SIDE)).flatten(0, 2) / CONTRAST + self.background
         images = F.interpolate((small.clamp(-1, 1) + 1) / 2, (self.img_size, self.img_size))
         return to_frames(images).reshape(*visual.shape[:2], self.img_size, self.img_size, 3)

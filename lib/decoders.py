@@ -55,7 +55,7 @@ class Quantize(nn.Module):
 
 
 class OnePixelDeconv(nn.ConvTranspose2d):
-    """A transposed convolution of a single pixel, (B, C, 1, 1), is a matrix product, and three times as fast as one."""
+    """A transposed convolution of a single pixel, (B, C, 1, 1). A matrix product computes it in a third of the time."""
 
     def forward(self, x):
         return (x.flatten(1) @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:]) + self.bias[:, None, None]
@@ -100,8 +100,8 @@ class VQVAEDecoder(nn.Module):
 
 
 class TransposedConvDecoder(nn.Module):
-    """Paints the one token of a frame by a linear layer and transposed convolutions, which triple the side each. The
-    release has five, whose inputs are 32, 8, 4, 2 and 1 times `depth` wide, and resizes their 243 pixels to 224.
+    """Paints the one token of a frame by a linear layer and transposed convolutions, each of which triples the side.
+    The release has five, whose inputs are 32, 8, 4, 2 and 1 times `depth` wide, and resizes their 243 pixels to 224.
     Smaller images need fewer."""
 
     def __init__(self, dim, img_size, depth=64):

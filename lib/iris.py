@@ -11,16 +11,15 @@ A GPT reads the tokens and actions of all frames as one sequence and learns to w
     z_1^1 ... z_1^K, a_1, z_2^1 ... z_2^K, a_2, ...              causal, token by token
     L = - mean log p(z_t^k | z_<t, a_<t, z_t^<k)
 
-The autoencoder learns in the first `first` steps. Then it stays as it is, and the GPT learns. Imagination writes the
-most likely token, one after another, with a cache of keys and values. The cost is the mean squared distance of codes.
+The autoencoder learns for `first` steps, and then the GPT. Imagination writes the most likely token, one after another,
+with a cache of keys and values. The cost is the mean squared distance of codes.
 
 Deviations:
 - The ball is 0.5 % of the pixels, and an autoencoder that is trained for minutes leaves it out. So E sees and D paints
   how a frame differs from the background b, the mean of the first batch; an error weighs 1 + |x - b| / mean |x - b|.
 - There is no LPIPS, because VGG-16's weights are not at hand. E first folds 4 x 4 pixels into one, which saves the two
   most expensive of five levels, and learns from the first and the last frame of each window.
-- The release trains the autoencoder alone for its first 20 epochs, and then goes on with both. Here the GPT needs many
-  more steps than the autoencoder, and a step is twice as fast without it. The tokens also keep their meaning this way.
+- The release trains the autoencoder for 20 epochs, and then both. Here it rests then, and a step takes half the time.
 - Actions are numbers here, and enter by a linear layer. No dropout, since no training is long enough to overfit.
 
     python train.py --system iris && python plan.py
@@ -208,7 +207,8 @@ class IRIS(System):
         if not (early and self.training):
             tokens = self.encode(batch)["tokens"]
             x = self.gpt.embed(tokens, self.encode_action(batch["action"]))  # (B, T * (K + 1), D)
-            logits = F.pad(self.gpt(x[:, :-1]), (0, 0, 1, 0)).unflatten(1, (-1, K + 1))[:, :, :-1]  # each at its token
+            after = F.pad(self.gpt(x[:, :-1]), (0, 0, 1, 0))  # nothing predicts the very first token
+            logits = after.unflatten(1, (-1, K + 1))[:, :, :-1]  # (B, T, K, codes), each at its token
             entropy = F.cross_entropy(logits.flatten(1, 2)[:, 1:].flatten(0, 1), tokens.flatten(1)[:, 1:].flatten())
             ahead = self.criterion(*(self.latents(z[:, 1:])["visual"] for z in (logits.argmax(-1), tokens)))
             self.used = len(tokens.unique()) / self.autoencoder.codes.num_embeddings

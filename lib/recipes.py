@@ -41,7 +41,8 @@ def parse_args(argv, steps, description):
     add("--env", default="takecover", choices=RECIPES, help="the world; its recipe has the defaults of most flags")
     add("--out", dest="run", type=Path, metavar="OUT", help="the run's folder (default: runs/worldmodels_ENV)")
     add("--seed", type=common.seed_number, default=0, help="the same seed gives the same run")
-    add("--device", type=common.available_device, default=common.default_device(), help="where V, M and dreams compute")
+    device = "where V and M are trained, and where train-c dreams"
+    add("--device", type=common.available_device, default=common.default_device(), help=device)
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes share them
     add("--workers", type=positive, default=max(1, cores), help="number of processes with a real environment")
     add("--max-steps", type=positive, help="the most steps of an episode, real or dreamt")
@@ -64,16 +65,16 @@ def parse_args(argv, steps, description):
     add("--sigma0", type=common.above_zero, default=0.1, help="first standard deviation of CMA-ES")
     add("--score-trials", type=positive, help="episodes by which the best C is chosen")
     add("--test-episodes", type=positive, default=100, help="real episodes, and as many dreams, for each C")
-    add("--test-env", choices=ENVIRONMENTS, help="the world that `test` plays in, if not --env: carracing-gymnasium")
-    add("--log", choices=LOGS, help="also send the numbers of training there")
+    add("--test-env", choices=ENVIRONMENTS, help="the world in which `test` plays, if not --env: carracing-gymnasium")
+    add("--log", choices=LOGS, help="also send losses and returns to this service")
     add("--iterations", type=positive, default=3, help="rounds of `iterate`")
     given = parser.parse_args(argv)
     default = dict(run=Path(f"runs/worldmodels_{given.env}"), n_mix=5, mixture="dimension")
     default |= dict(previous=None, test_env=None, log=None)
     args = argparse.Namespace(**default | RECIPES[given.env] | vars(given) | given.sizes)
     args.sizes = ",".join(f"{name}={getattr(args, name)}" for name in SIZES)
-    if len(args.trials) > 2:
-        raise UserError(f"--trials takes one or two numbers, not {len(args.trials)}")
+    if len(args.trials) > 2 or args.trials[0] > args.trials[-1]:
+        raise UserError("--trials takes one number, or two of which the second is the larger")
     if args.step == "iterate" and len(args.tau) > 1:
         raise UserError(f"iterate trains one C at a time: give one --tau, not {len(args.tau)}")
     if WORLD_SIZE > 1 and args.step != "train-c":
@@ -88,7 +89,8 @@ def parse_args(argv, steps, description):
 
 def need(args, name, step):
     if not (args.run / name).exists():
-        raise UserError(f"no {args.run / name}: first run python vae_mdnrnn.py {step} --env {args.env}")
+        command = f"python vae_mdnrnn.py {step} --env {args.env} --out {args.run}"
+        raise UserError(f"no {args.run / name}: first run {command}")
     return args.run / name
 
 
@@ -108,7 +110,7 @@ def open_run(run, steps):
     flags = common.read_json(run / "args.json") if (run / "args.json").exists() else {}
     if not {*RUN_FLAGS} <= flags.keys():
         raise UserError(f"no run of World Models at {run}: make one with python vae_mdnrnn.py all --env takecover")
-    last = max(run.glob("iteration*"), key=lambda path: int(path.name.removeprefix("iteration")), default=run)
+    last = max(run.glob("iteration*[0-9]"), key=lambda path: int(path.name.removeprefix("iteration")), default=run)
     given = [f"--{name.replace('_', '-')}={flags[name]}" for name in RUN_FLAGS]
     return parse_args(["test", f"--out={last}", *given], steps, __doc__)
 

@@ -95,8 +95,9 @@ class TDMPC2(System):
         return {"visual": z[:, :, None], "proprio": z[:, :, :0]}
 
     def imagine(self, z, actions):
-        """Latents z (B, T0, d) of the first frames, actions (B, T, A) -> (B, T + 1, d). Before the first frame nothing
-        moved and no force acted. The data never rest, so d learns to read this as a speed that nobody knows."""
+        """Latents z (B, T0, d) of the first frames, actions (B, T, A) -> (B, T + 1, d). The window is filled
+        up with copies of the first frame and with no force. No data look like that, so d learns to read it as a speed
+        that is unknown."""
         H, a = self.num_hist, self.encode_action(F.pad(actions, (0, 0, self.num_hist - 1, 0)))
         z = torch.cat([z[:, :1].expand(-1, H - 1, -1), z], 1)
         for t in range(z.shape[1], a.shape[1] + 1):
