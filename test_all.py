@@ -46,7 +46,7 @@ import plan
 import predictor
 import train
 import vae_mdnrnn as wm
-from lib import common, decoders, pictures, pointmaze, processes, tokenizers, worlds
+from lib import common, decoders, pictures, pointmaze, processes, recipes, tokenizers, worlds
 from lib.common import UserError, to_tensor
 from lib.weights import load_weights, resnet_names, vit_names, vjepa2_names
 from lib.worlds import make_env
@@ -194,6 +194,13 @@ def test_a_file_without_permission_is_not_called_damaged(read, tmp_path):
 def test_a_loss_that_is_no_number_is_an_error():
     with pytest.raises(UserError, match="loss is .* at step"):
         wm.train_vae(wm.VAE(2), np.zeros((8, 64, 64, 3), np.uint8), 5, lr=1e12)
+
+
+def test_nothing_moves_from_one_episode_to_the_next(monkeypatch):
+    seen, frames = [], np.tile(np.repeat([0, 200], 40).astype(np.uint8)[:, None, None, None], (1, 64, 64, 3))
+    monkeypatch.setattr(wm, "moving", lambda x, before: (seen.append((x - before).abs().max()), x[:, :1])[1])
+    wm.train_vae(wm.VAE(2), frames, 2, focus=1.0, starts=[0, 40])
+    assert max(seen) == 0
 
 
 def test_workers_keep_the_order_and_one_that_dies_is_reported():
@@ -706,8 +713,8 @@ def test_m_predicts_what_follows_the_steps_that_it_has_seen_and_nothing_that_is_
         state = None
         for t in range(length):
             h, state = rnn(z[e, None, t, None], a[e, None, t, None], restart[e, None, t, None], state)
-            p = torch.sigmoid(rnn.heads["done"](h[0, 0])[0] + math.log(wm.DONE_WEIGHT))
-            parts["done"].append(-(wm.DONE_WEIGHT * p.log() if done[e, t] else (1 - p).log()))
+            p = torch.sigmoid(rnn.heads["done"](h[0, 0])[0] + math.log(10.0))
+            parts["done"].append(-(10.0 * p.log() if done[e, t] else (1 - p).log()))
             parts["reward"].append((rnn.heads["reward"](h[0, 0])[0] - reward[e, t]).square())
             if t < length - 1:
                 parts["nll"].append(wm.mdn_nll(*rnn.mixture(h[0, 0]), z[e, t + 1]) / 4)
@@ -920,6 +927,7 @@ def test_iterations_build_on_each_other(tmp_path, monkeypatch, script, one_proce
     assert np.array_equal(after.frames[: len(before.frames)], before.frames)
     assert load_file(second / "rnn.safetensors").keys() >= {"heads.reward.weight", "heads.action.weight"}
     assert len((tmp_path / "iterations.csv").read_text().splitlines()) == 3
+    assert recipes.open_run(tmp_path, wm.STEPS).run == second
     assert "dream_tau1" in script("vae_mdnrnn", "test", *flags[:-1], second)[1]  # an iteration is a run of its own
 
 
@@ -995,12 +1003,6 @@ def test_a_run_that_is_damaged_or_of_other_flags_is_refused(command, file, spoil
     before = contents(wm_run.path)
     assert_refused(wm_run(step, *flags), message)
     assert contents(wm_run.path) == before
-
-
-def test_bench_ends(script, monkeypatch):
-    monkeypatch.setattr(processes, "per_second", lambda calls: {name: call() + 1 for name, call in calls.items()})
-    code, out, _ = script("vae_mdnrnn", "bench", "--sizes", "hidden=8")
-    assert code == 0 and out.count("dream steps/s") == 3
 
 
 # -- what wrong input gets ----------------------------------------------------------------------------------

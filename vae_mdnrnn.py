@@ -14,8 +14,8 @@ M alone, in a dream that never renders a frame (TakeCover, section 4). What the 
     torchrun --nproc-per-node 4 vae_mdnrnn.py train-c   # four processes share the population
     python vae_mdnrnn.py bench                      # dream steps per second
 
-Everything lands in runs/worldmodels_<env>. A step that was killed goes on where it stopped when the same command is
-given again, and a step that is done stays done.
+Everything lands in runs/worldmodels_<env>. Training that was killed goes on where it stopped when the same command is
+given again, and what is trained or collected stays. A killed `collect` begins again, and `test` always plays.
 """
 
 import argparse
@@ -90,28 +90,30 @@ def sample_z(mu, logvar, generator=None):
 
 def vae_loss(recon, x, mu, logvar, beta=1.0, kl_tolerance=0.5, weight=1.0):
     """Squared error summed over the frame + beta * KL(q(z|x) || N(0, 1)), mean over the batch. As in the paper's code
-    the KL has no gradient below kl_tolerance nats per latent dimension. `weight` (B, 1, H, W) is that of each pixel."""
+    the KL has no gradient below kl_tolerance nats per latent dimension. `weight` (B, 1, H, W) weighs the pixels."""
     recon_loss = (weight * (recon - x).square()).sum((1, 2, 3))  # (B,)
     kl = -0.5 * (1 + logvar - mu.square() - logvar.exp()).sum(1)  # (B,)
     return (recon_loss + beta * kl.clamp(min=kl_tolerance * mu.shape[1])).mean()
 
 
 def moving(x, before):
-    """What moves in frames x (B, 3, H, W): the change of each pixel since the frame `before` it, less twice the median
-    change of its frame, which is the camera's doing. It is 0 to 0.5, (B, 1, H, W)."""
+    """How much each pixel of frames x (B, 3, H, W) moves, from 0 to 0.5, (B, 1, H, W): its change since the frame
+    `before`, less twice the median change of its frame, which the motion of the camera explains."""
     change = (x - before).abs().mean(1, keepdim=True)  # (B, 1, H, W)
     return (change - 2 * change.flatten(1).median(1).values[:, None, None, None]).clamp(0, 0.5)
 
 
 def train_vae(
-    vae, frames, steps, lr=1e-3, beta=1.0, kl_tolerance=0.5, focus=0.0, half=False, transform=None, seed=0, **kept
-):
-    """Fits the VAE in place to uint8 frames (S, 64, 64, 3), which may be memory-mapped, and keeps it as `fit` does.
+    vae, frames, steps, lr=1e-3, beta=1.0, kl_tolerance=0.5, focus=0.0, starts=(0,), half=False, transform=None, seed=0,
+    **options,
+):  # fmt: skip
+    """Fits the VAE in place to uint8 frames (S, 64, 64, 3), which may be memory-mapped. `options` are `fit`'s.
 
     V sees and reconstructs images (B, 3, 64, 64), or what `transform` makes of them, with `half` in bfloat16.
     Deviations: ten times the paper's learning rate, lowered along a cosine, and a third of its batch, for a fraction of
-    its frames. And where small things matter, `focus`: a far fireball is a few pixels among thousands of wall, so an
-    error weighs 1 + focus * `moving`, and of 128 frames those in which much moves are likelier among V's 32.
+    its frames. `focus` is for worlds in which small things matter: a far fireball is a few pixels among thousands of
+    wall. The error of a pixel weighs 1 + focus * `moving` then, and of 128 frames V sees 32, preferably those in which
+    much moves. Episodes begin with the frames `starts`.
     """
     device = vae.mu.weight.device
 
@@ -119,7 +121,7 @@ def train_vae(
         index = torch.randint(len(frames), (128 if focus else 32,)).sort().values.numpy()
         x, weight = to_tensor(frames[index], device), 1.0  # (B, 3, 64, 64)
         if focus:
-            moves = moving(x, to_tensor(frames[np.maximum(index - 1, 0)], device))  # (128, 1, 64, 64)
+            moves = moving(x, to_tensor(frames[index - ~np.isin(index, starts)], device))  # (128, 1, 64, 64)
             much = moves.sum((1, 2, 3))
             seen = torch.multinomial(much + much.median() + 1e-6, 32)
             x, weight = x[seen], 1 + focus * moves[seen]
@@ -128,7 +130,7 @@ def train_vae(
             recon, mu, logvar = (out.float() for out in vae(x))
         return {"loss": vae_loss(recon, x, mu, logvar, beta, kl_tolerance, weight), "recon": F.mse_loss(recon, x)}
 
-    return fit(vae, loss, steps, lr, seed, "train V", **kept)
+    return fit(vae, loss, steps, lr, seed, "train V", **options)
 
 
 # ---- M: what happens next ------------------------------------------------------------------------
@@ -185,19 +187,17 @@ def mdn_sample(logit, mu, logsigma, tau=1.0, generator=None):
     return (mu + math.sqrt(tau) * sigma * noise).flatten(-3)
 
 
-DONE_WEIGHT = 10.0  # of the rare last step of an episode, in M's loss (the paper's code: restart_factor)
-
-
-def mdnrnn_loss(rnn, z, a, reward, done, valid, restart, done_weight=DONE_WEIGHT, half=False):
+def mdnrnn_loss(rnn, z, a, reward, done, valid, restart, done_weight=10.0, half=False):
     """Teacher forcing: from z_t, a_t and its state M predicts z_{t+1}, and what its heads are for.
 
     All are (B, T, ...) and padded; `valid` (B, T) marks the true steps, which come first in each row. As in the paper's
-    code the likelihood is per latent dimension, which makes it of one size with the other losses. The done head gives
-    the true log odds, since the weight of done is added to them here. The LSTM runs with `half` in bfloat16.
+    code the likelihood is divided by z_dim, so that it is about as large as the other losses, and the rare last step of
+    an episode weighs `done_weight`. The weight is added to the head's log odds, so that the head learns the true ones.
+    With `half` the LSTM runs in bfloat16.
     """
     with bfloat16(z.device, half):
         h = rnn(z, a, restart)[0].float()  # (B, T, hidden)
-    both = valid[:, :-1] & valid[:, 1:]  # t and t + 1 are there
+    both = valid[:, 1:]  # step t + 1 is there, and so t is
     losses = {"nll": mdn_nll(*rnn.mixture(h[:, :-1][both]), z[:, 1:][both]).mean() / rnn.z_dim}
     if "done" in rnn.heads:
         logit, true = rnn.heads["done"](h[valid])[:, 0] + math.log(done_weight), done[valid]
@@ -223,11 +223,12 @@ def whole_episodes(latents, dataset, episodes, device):
     return sample_z(mu, logvar), a, reward, done, valid.to(device), restart
 
 
-def train_mdnrnn(rnn, latents, dataset, episodes, steps, batch_size=8, lr=1e-3, seed=0, **kept):
+def train_mdnrnn(rnn, latents, dataset, episodes, steps, batch_size=8, lr=1e-3, seed=0, **options):
     """Fits M in place to whole episodes, because what decides the next step may lie far back (a player's wounds do).
 
     A batch holds a random one of `episodes` and others of similar length, so that little of it is padding.
-    Deviations: the paper's code takes 100 parts of 500 or 999 steps at a time, and leaves out the shortest episodes.
+    Deviations: the paper's code takes 100 parts of 500 or 999 steps at a time, leaves out the shortest episodes, and
+    hardly lowers the learning rate, which falls along a cosine here.
     """
     episodes = torch.as_tensor(episodes)
     lengths = torch.from_numpy(dataset.episode_ends - dataset.episode_starts)[episodes]
@@ -238,7 +239,7 @@ def train_mdnrnn(rnn, latents, dataset, episodes, steps, batch_size=8, lr=1e-3, 
         batch = episodes[order[max(0, first) : first + batch_size]]
         return mdnrnn_loss(rnn, *whole_episodes(latents, dataset, batch, rnn.mdn.weight.device), half=True)
 
-    return fit(rnn, loss, steps, lr, seed, "train M", clip=1.0, **kept)
+    return fit(rnn, loss, steps, lr, seed, "train M", clip=1.0, **options)
 
 
 @torch.inference_mode()
@@ -402,20 +403,20 @@ def evolve(scores, mean, path, popsize, trials, steps, score_trials, sigma0=0.1,
     scores(params (P, n), seed, trials) -> (P, trials) returns, and the steps that they took. All candidates of a
     generation get the same seed and so drive on the same tracks (but each dreams its own dreams). After every fifth
     generation and the last, the mean is scored over `score_trials` trials, always with the same seed.
-    Deviation: the paper gives each candidate 16 trials. Here `trials` is the first number and the largest. At first a
-    few tracks tell good candidates from bad ones; later the candidates are alike, and luck decides. So the number is
-    doubled once the mean returns on one half of the tracks and on the other correlate below 1/3 on average over five
-    generations, because then luck makes more than half of the variance between candidates.
+    Deviations: the paper's code also lowers the return of large weights, and gives each candidate 16 trials. Here
+    `trials` is the first number and the largest. At first a few tracks tell good candidates from bad ones; later the
+    candidates are alike, and luck decides. So the number is doubled once the mean returns on one half of the tracks and
+    on the other correlate below 1/3 on average over five generations, which says that luck makes most of the variance.
     CMA-ES is deterministic, so the fitness values are its checkpoint: a resumed run tells it the stored values.
     """
-    begun = dict(popsize=popsize, trials=trials, sigma0=sigma0, seed=seed)
+    begun = dict(popsize=popsize, trials=trials, score_trials=score_trials, sigma0=sigma0, seed=seed)
     es = cma.CMAEvolutionStrategy(mean, sigma0, {"popsize": popsize, "seed": seed + 1, "verbose": -9})
-    best = dict(score=-math.inf, params=torch.tensor(mean, dtype=torch.float32), fitness=[], log=[], begun=begun)
+    search = dict(score=-math.inf, params=torch.tensor(mean, dtype=torch.float32), fitness=[], log=[], begun=begun)
     if path.exists():
-        best = recipes.load_search(path, len(mean), begun)
-    for values in best["fitness"]:
+        search = recipes.load_search(path, len(mean), begun)
+    for values in search["fitness"]:
         es.tell(es.ask(), [-f for f in values])
-    log = best["log"]
+    log = search["log"]
     done, count = (log[-1]["steps"], log[-1]["trials"]) if log else (0, trials[0])
     bar = tqdm(total=steps, initial=done, desc=f"train C ({path.stem})", unit="step", unit_scale=True)
     while done < steps:
@@ -433,9 +434,9 @@ def evolve(scores, mean, path, popsize, trials, steps, score_trials, sigma0=0.1,
         if row["generation"] % 5 == 0 or done >= steps:
             returns, taken = scores(np.float32(es.mean[None]), (seed + 2) * 1_000_003, score_trials)
             row["score"], done = returns.mean(), done + taken
-            if row["score"] > best["score"]:
-                best.update(score=float(row["score"]), params=torch.tensor(es.mean, dtype=torch.float32))
-        best["fitness"].append(values.tolist())
+            if row["score"] > search["score"]:
+                search.update(score=float(row["score"]), params=torch.tensor(es.mean, dtype=torch.float32))
+        search["fitness"].append(values.tolist())
         log.append({"steps": done} | {k: v if isinstance(v, int) else float(v) for k, v in row.items()})
         bar.update(done - bar.n)
         bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k != "agreement"})
@@ -443,9 +444,9 @@ def evolve(scores, mean, path, popsize, trials, steps, score_trials, sigma0=0.1,
             report(f"train {path.stem}", done, row)
         if RANK == 0:
             common.write_csv(path.with_suffix(".csv"), log)
-            common.save_safetensors(path.with_suffix(".safetensors"), {"params": best["params"]})
-            common.save_tensors(path, best)
-    return best
+            common.save_safetensors(path.with_suffix(".safetensors"), {"params": search["params"]})
+            common.save_tensors(path, search)
+    return search
 
 
 # ---- The steps: each reads what the one before wrote into the run's folder, `args.run` -----------
@@ -473,21 +474,22 @@ def collect(args):
 def train_v(args):
     """2. V on the frames, then mu and logvar of each frame into latents.npy."""
     dataset, latents = data.Dataset(need(args, "data", "collect")), args.run / "latents.npy"
-    frames, seen = dataset.frames, dataset.episode_ends[first_held_out(dataset) - 1]
+    frames, starts = dataset.frames, dataset.episode_starts
+    seen = starts[first_held_out(dataset)]
     torch.manual_seed(args.seed)
     vae = VAE(args.z_dim).to(args.device)
     if args.previous:
         common.load_fitted(vae, args.previous.run / "vae.safetensors")
-    flags = dict(lr=args.lr, beta=args.beta, focus=args.focus, half=True, seed=args.seed, report=open_report(args))
-    train_vae(vae, frames[:seen], args.v_steps, path=args.run / "vae.safetensors", **flags)
+    flags = dict(lr=args.lr, beta=args.beta, focus=args.focus, starts=starts, half=True, seed=args.seed)
+    train_vae(vae, frames[:seen], args.v_steps, path=args.run / "vae.safetensors", report=open_report(args), **flags)
     with torch.inference_mode():
         if not latents.exists():
             z = np.empty((2, len(frames), args.z_dim), np.float32)  # small tensors in a list would scatter the memory
-            for i in tqdm(range(0, len(frames), 500), desc="encode"):
+            for i in tqdm(range(0, len(frames), 500), "encode"):
                 z[:, i : i + 500] = torch.stack(vae.encode(to_tensor(frames[i : i + 500], args.device))).cpu()
             common.write_atomic(latents, lambda path: np.save(path, z))
         index = np.linspace(seen, len(frames) - 1, 500).astype(int)
-        x, before = (to_tensor(frames[i], args.device) for i in (index, index - 1))
+        x, before = (to_tensor(frames[i], args.device) for i in (index, index - ~np.isin(index, starts)))
         recon = vae.decode(vae.encode(x)[0])
         error, moves = (recon - x).square().mean(1, keepdim=True), moving(x, before)
         most = moves.sum((1, 2, 3)).topk(12).indices.sort().values
@@ -525,11 +527,11 @@ def train_c(args):
                 scores = functools.partial(dream_scores, make_dream(args, rnn, name), controller)
             path = args.run / f"c_{name}.pt"
             budget = args.popsize, args.trials, args.c_steps, args.score_trials, args.sigma0, args.seed
-            best = evolve(scores, mean, path, *budget, report=open_report(args))
-            styles = {"best": "-", "mean": "-", "worst": "-", "score": "ko-"}
+            search = evolve(scores, mean, path, *budget, report=open_report(args))
             if RANK == 0:
-                pictures.write_log_plot(path.with_suffix(".png"), best["log"], "steps", styles, ylabel="return")
-            print(f"{path}: {controller.num_params} weights, {best['score']:.1f} in the {args.where} environment")
+                styles = {"best": "-", "mean": "-", "worst": "-", "score": "ko-"}
+                pictures.write_log_plot(path.with_suffix(".png"), search["log"], "steps", styles, ylabel="return")
+            print(f"{path}: {controller.num_params} weights, {search['score']:.1f} in the {args.where} environment")
 
 
 def test(args):
@@ -549,16 +551,17 @@ def test(args):
                 dream = make_dream(args, rnn, name)
                 returns, _ = dream_scores(dream, controller, who[None], 777_000_000 + args.seed, args.test_episodes)
                 results[name]["dream"] = returns[0].tolist()
-        name, who = min(found.items())
-        (episode,) = pool.map(jobs(who, int(np.argsort(results[name]["real"])[args.test_episodes // 2])))  # the median
+        shown = min(found)  # the C that is filmed, in its median game
+        (game,) = pool.map(jobs(found[shown], int(np.argsort(results[shown]["real"])[args.test_episodes // 2])))
     common.write_json(args.run / "test.json", {"env": args.test_env or args.env, "seed": args.seed, "returns": results})
     print(f"return over {args.test_episodes} episodes: mean ± standard deviation (and ± 95 % interval of the mean)")
     for player, where in ((player, where) for player, result in results.items() for where in result):
         mean, std = np.mean(results[player][where]), np.std(results[player][where])
         print(f"{player:16} {where:5} {mean:7.1f} ± {std:5.1f} (± {1.96 * std / args.test_episodes**0.5:.1f})")
-    dreamer = lambda obs: controller(torch.from_numpy(who)[None], torch.from_numpy(obs["proprio"])[None])[0]  # noqa: E731
-    dreamt = play_alone(DreamEnv(make_dream(args, rnn, name), vae), dreamer, args.seed, args.max_steps)["frames"]
-    both = pictures.beside(dreamt[: len(episode["frames"])], episode["frames"][: len(dreamt)])
+    dream, params = DreamEnv(make_dream(args, rnn, shown), vae), torch.from_numpy(found[shown])[None]
+    act = lambda obs: controller(params, torch.from_numpy(obs["proprio"])[None])[0]  # noqa: E731
+    dreamt = play_alone(dream, act, args.seed, args.max_steps)["frames"]
+    both = pictures.beside(dreamt[: len(game["frames"])], game["frames"][: len(dreamt)])
     pictures.write_gif(args.run / "dream.gif", both[::3], duration=85)
     return results
 
@@ -584,14 +587,11 @@ def iterate(args):
 
 def bench(args):
     """Dream steps per second, C included, at the sizes of --env, with untrained weights."""
-    rnn, controller = make_rnn(args, args.heads).eval().requires_grad_(False), make_controller(args)
+    from lib.speed import bench_dreaming  # here, because it imports this file
+
+    rnn = make_rnn(args, args.heads).eval().requires_grad_(False)
     rnn = rnn.to(args.device, common.short_numbers(torch.device(args.device)))
-    dream, rates = Dream(rnn, torch.zeros(2, 1, args.z_dim), 1.0, 10**9, args.cell), []
-    for batch in (1, 64, 1024):
-        params, features = torch.randn(batch, controller.num_params, device=args.device), dream.reset(batch)
-        step = lambda: dream.step(controller(params, features))[1].sum().item()  # noqa: B023, E731 (waits for the device)
-        rates.append(batch * processes.per_second({"step": step})["step"])
-        print(f"{batch:5} dreams at once: {rates[-1]:9.0f} dream steps/s, {rates[-1] / rates[0]:6.1f} x one")
+    bench_dreaming(Dream(rnn, torch.zeros(2, 1, args.z_dim), 1.0, 10**9, args.cell), make_controller(args))
 
 
 # ---- What the steps read of a run ----------------------------------------------------------------

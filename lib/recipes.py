@@ -152,13 +152,13 @@ def load_weights(path, size):
 
 def load_search(path, size, begun):
     """What `evolve` keeps in `path`, for a C of `size` weights. A search goes on as it was `begun`."""
-    best = common.load_tensors(path)
-    params = best.get("params")
-    if not {"begun", "fitness", "log", "score"} <= best.keys() or len(params) != size or not params.isfinite().all():
+    search = common.load_tensors(path)
+    params = search.get("params")
+    if not {"begun", "fitness", "log", "score"} <= search.keys() or len(params) != size or not params.isfinite().all():
         raise UserError(f"{path} does not hold the search of a C of {size} weights: remove it, and give train-c again")
-    if best["begun"] != begun:
-        raise UserError(f"{path} was begun with {best['begun']} and not {begun}: remove it, or give these flags")
-    return best
+    if search["begun"] != begun:
+        raise UserError(f"{path} was begun with {search['begun']} and not {begun}: remove it, or give these flags")
+    return search
 
 
 def first_held_out(dataset):

@@ -1,4 +1,4 @@
-"""How fast models of two sizes learn and imagine: what train.py --bench and plan.py --bench measure."""
+"""How fast models learn, imagine and dream: what train.py --bench, plan.py --bench and vae_mdnrnn.py bench measure."""
 
 from functools import partial
 
@@ -65,3 +65,16 @@ def bench_planning(size, device):
     for kind, rate in rates.items():
         ratio = rate / rates["plain", "float32"]
         print(f"  {' '.join(kind):16} {5 * candidates * rate:9.3g} candidate-steps/s, {ratio:.2f} x")
+
+
+def bench_dreaming(dream, controller):
+    """Measures how many steps a second untrained M and C make in dreams, of which 1, 64 and 1,024 run at once."""
+    rates = []
+    for batch in (1, 64, 1024):
+        params, features = torch.randn(batch, controller.num_params, device=dream.device), dream.reset(batch)
+
+        def step(params=params, features=features):
+            return dream.step(controller(params, features))[1].sum().item()  # waits for the device
+
+        rates.append(batch * processes.per_second({"step": step})["step"])
+        print(f"{batch:5} dreams at once: {rates[-1]:9.0f} dream steps/s, {rates[-1] / rates[0]:6.1f} x one")

@@ -48,3 +48,9 @@ def test_bench_compares_two_sizes(script, monkeypatch, name):
     assert code == 0, err
     assert "laptop size, 1 x 32 numbers a frame" in out and "paper size, 196 x 384 numbers a frame" in out
     assert out.count("1.00 x") >= 2
+
+
+def test_bench_dreams_in_three_sizes(script, monkeypatch):
+    monkeypatch.setattr(processes, "per_second", lambda calls: {name: call() + 1 for name, call in calls.items()})
+    code, out, _ = script("vae_mdnrnn", "bench", "--sizes", "hidden=8")
+    assert code == 0 and out.count("dream steps/s") == 3
