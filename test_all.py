@@ -92,7 +92,7 @@ class OneProcess(contextlib.nullcontext):
         super().__init__(self)
         initializer(*initargs)
 
-    def map(self, function, items, chunksize=4):
+    def map(self, function, items):
         return map(function, items)
 
 

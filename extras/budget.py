@@ -1,7 +1,7 @@
 """How much search does a plan need? Success by the number of candidates and iterations, for CEM, iCEM and MPPI.
 
-Every planner gets the same problems with each budget, and a tenth of the candidates as its elites. The true simulator
-and a random policy need no such table: python plan.py --baselines random,oracle.
+Every planner gets the same problems with each budget, and a tenth of the candidates as its elites. A random policy does
+not search, and the true simulator's success is measured at one budget: python plan.py --baselines random,oracle.
 
     python -m extras.budget --seed $(seq 8000 8019)      # 1,000 problems, an hour on two cores
 
@@ -25,6 +25,7 @@ def solve_all(args):
     results, device, ckpt = {}, processes.join(args.device), args.ckpt or plan.newest_run()
     processes.keep_freed_memory()
     model = load_model(ckpt, device)
+    processes.use_threads(device, model.num_patches)
     env = plan.open_world(model)
     for planner in COLOURS:
         for candidates, iterations in BUDGETS:
@@ -57,12 +58,12 @@ def report(results, max_iter, out):
     print(table)
     lines, bands, plans = [], [], [candidates * iterations for candidates, iterations in BUDGETS]
     for planner, colour in COLOURS.items():
-        for k, style in ((0, "o-"), (max_iter - 1, "o:")):
+        for k, style in {max_iter - 1: "o:", 0: "o-"}.items():
             found = [results[planner, *budget] for budget in BUDGETS]
             rates = [result["success_by_iter"][k] for result in found]
             lines.append((plans, rates, colour + style, f"{planner}, within {k + 1}"))
             bands.append((plans, *np.transpose([result["interval"][k] for result in found])))
-    axes = dict(xlabel="imagined plans per plan", ylabel="success rate", xscale="log", ylim=(0, 1.02))
+    axes = dict(xlabel="candidates × iterations of a plan", ylabel="success rate", xscale="log", ylim=(0, 1.02))
     pictures.write_plot(out / "budget.png", lines, bands, legend="lower right", **axes)
 
 

@@ -133,6 +133,8 @@ def main():
     models = {run: load_model(run, device, args.data, args.weights) for run in args.ckpt}
     if drawn := [run for run, model in models.items() if not hasattr(model, "rollout")]:
         raise common.UserError(f"{drawn[0]} draws the way to a goal, and cannot say what actions lead to")
+    if mixed := [run for run, model in models.items() if not getattr(model, "alone", True)]:
+        raise common.UserError(f"a latent of {mixed[0]} depends on earlier frames, so imagined ones have no true ones")
     if len({(model.world["env"], model.world["img_size"], model.frameskip) for model in models.values()}) > 1:
         raise common.UserError("only runs of one environment, --img-size and --frameskip can be compared")
     model, count = models[args.ckpt[0]], len(args.seed) * args.n_evals

@@ -28,10 +28,11 @@ import vae_mdnrnn as wm
 from lib import common, processes
 from lib.common import UserError
 from lib.pictures import data_uri, svg_lines, svg_plan
+from lib.pointmaze import PointMaze
 from lib.probe import Probe
 from lib.recipes import open_run
 from lib.worlds import DreamEnv, make_env
-from predictor import load_model
+from predictor import WorldModel, load_model
 
 try:
     from nicegui import app, binding, ui
@@ -83,7 +84,7 @@ class DreamGame:
         there = sorted(args.run.glob("c_*.safetensors"), key=lambda path: path.stat().st_mtime)  # the newest is last
         params = wm.load_c(args, there[-1].stem.removeprefix("c_")) if there else np.zeros(self.controller.num_params)
         self.params, self.has_c = torch.from_numpy(np.float32(params))[None], bool(there)
-        none = f"C cannot play: first run python vae_mdnrnn.py train-c --env {args.env}"
+        none = f"C cannot play: first run python vae_mdnrnn.py train-c --env {args.env} --out {args.run}"
         self.notes = [KEYS[args.env][1]] + [none] * (not there)
         self.dream = wm.make_dream(args, rnn, "real")
         self.agents = wm.Agents(self.vae, rnn, self.controller, args.cell, size=1)
@@ -112,7 +113,7 @@ class DreamGame:
             side.begin(self.seed, *["press an arrow key"] * (not self.begun))
 
     def act(self, params, features):
-        """The action (1, A) of C, or of who holds the keys, in the place of C."""
+        """The action (1, A): C's, or that of the keys that are held."""
         if self.c_plays:
             return self.controller(params, features)
         left, right, up, down = (float(f"Arrow{key}" in self.held) for key in ("Left", "Right", "Up", "Down"))
@@ -206,8 +207,10 @@ class PlanGame:
 
     def open(self, ckpt):
         model = load_model(ckpt, self.device)
-        processes.use_threads(self.device, model.encoder.num_patches)
         env = plan.open_world(model)
+        if not isinstance(model, WorldModel) or not isinstance(env, PointMaze):
+            raise UserError(f"the page plans in mazes, by a model with a frozen encoder, which {ckpt} is not")
+        processes.use_threads(self.device, model.num_patches)
         return model, env, Probe(model, env)
 
     async def begin(self, what, *args):

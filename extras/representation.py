@@ -2,14 +2,14 @@
 
 Every encoder gets the same frames, transition model, gradient steps, goals and budget of search. PointMaze-UMaze hardly
 tells encoders apart when there is time to replan (DINO-WM, arXiv:2411.04983: 0.94 to 0.98). So they are also compared
-after a single plan, in larger mazes, and in a world that looks different than in training. Each run measures
+after a single plan, in larger mazes, and in a world that looks different from the one in training. Each run measures
 
     success       which problems are solved within 1, 2, ... MPC iterations; with each shift, within one
     latent error  the error of the predicted next latent, divided by the error of predicting no change
     drift         the error of the latent imagined h steps ahead, divided by its variance (extras/horizon.py)
     probe         R^2 of (x, y, vx, vy), read off the tokens of one frame by ridge regression
     distance      rank correlation of the distance between two frames' tokens with that of the balls, up to 2 m
-    train, plan   the seconds that train.py takes, fitting the encoder included, and planning takes without a shift
+    train, plan   the seconds of the training loop, without fitting and encoding, and of planning without a shift
 
 Two encoders meet the same problems. Let the first alone solve b of them, and the second alone c. If neither is better,
 b is drawn from Binomial(b + c, 1/2), which gives the p-value of a difference (McNemar, 1947, in its exact form).
@@ -91,9 +91,8 @@ def plan_args(args, seed):
 def measure(args, env_name, encoder, seed, steps):
     """Trains one run, plans with it, and returns what is measured. Of the curve's other runs only success is."""
     directory, device = run_path(args, env_name, encoder, seed, steps), torch.device(args.device)
-    start = time.perf_counter()
     train.train(train_args(args, env_name, encoder, seed, steps))
-    trained = time.perf_counter()
+    start, log = time.perf_counter(), np.atleast_1d(np.genfromtxt(directory / "log.csv", delimiter=",", names=True))
     model, env = WorldModel.from_pretrained(directory, device), make_env(env_name, args.img_size)
     settings = plan.settle(plan_args(args, seed), PLANNER["planner"], model)
     problems = plan.get_problems(env, settings, model)
@@ -103,13 +102,12 @@ def measure(args, env_name, encoder, seed, steps):
         return plan.solve(worlds, plan.latent_cost(model, worlds, device), model, settings, device).int().tolist()
 
     result = {"tokens": model.encoder.num_patches, "dim": model.encoder.dim, "success": solved()}
-    result |= {"train_seconds": trained - start, "plan_seconds": time.perf_counter() - trained}
+    result |= {"train_seconds": log["seconds"].sum(), "plan_seconds": time.perf_counter() - start}
     if steps != args.steps:
         return result
     settings.max_iter = 1
     result["shift"] = {shift: solved(shift)[0] for shift in args.shift if env_name == SHIFTED}
-    last = np.atleast_1d(np.genfromtxt(directory / "log.csv", delimiter=",", names=True))[-1]
-    result["latent_error"] = float(last["val_visual"] / last["copy"])
+    result["latent_error"] = float(log["val_visual"][-1] / log["copy"][-1])
     result["drift"] = horizon_error(env, {"": model}, args.drift, args.n_evals, settings.seed, device)[""]
     dataset = data.open_dataset(model.world["data"])
     rows = [r[:: -(-len(r) // most)] for r, most in zip(map(dataset.rows, dataset.split()), (4000, 1000), strict=True)]
@@ -233,7 +231,8 @@ def write_tables(args, results, curve, path):
     tables = {f"{env}, {args.n_evals} goals per seed": summary_rows(args, results, env) for env in args.env}
     compared = comparison_rows(args, results)
     if pairs := len(compared) - 1:
-        tables[f"Differences in success; Bonferroni asks of {pairs} rows that p < {0.05 / pairs:.2g}"] = compared
+        tests = pairs * (len(compared[0]) - 3)  # columns with a p-value
+        tables[f"Differences in success; Bonferroni asks of {tests} tests that p < {0.05 / tests:.2g}"] = compared
     if curve:
         header = ["gradient steps", *(f"{env}, within {k}" for env in args.env for k in (1, args.max_iter))]
         rows = [[f"{n}", *(f"{rates[k]:.2f}" for rates in by_maze for k in (0, -1))] for n, by_maze in curve.items()]

@@ -24,13 +24,14 @@ from lib import common
 from lib.common import UserError
 from lib.recipes import load_starts, open_run, parse_args
 from lib.weights import model_folder
+from lib.worlds import can_be_set
 from predictor import WorldModel
 
 PICTURES = "curves.png", "imagined.gif", "reconstructions.png", "dream.gif"
 
 
 def command(script, flags, default):
-    """The command that made a run: the flags that are not as by default."""
+    """The command that made a run, with the flags that differ from their defaults."""
     text = f"python {script}"
     for name, value in flags.items():
         if value != default.get(name) and value is not None:
@@ -44,15 +45,19 @@ def share_model(run, plans):
     folder, flags = model_folder(run), common.read_json(run / "args.json")
     WorldModel.from_pretrained(run)  # it is whole
     config, table = common.read_json(folder / "config.json"), plans / "table.md"
-    what = f"the encoder `{config['encoder']}` and the transition model `{config['predictor']}`"
-    text = (
-        f"A world model of `{config['world']['env']}`, with {config.get('system') or what}. It imagines what actions "
-    )
-    made = command("train.py", flags, vars(train.get_args([])))
-    text += f"lead to in a latent space.\n\n```bash\n{made}\npython plan.py --ckpt REPOSITORY\n```\n"
+    env, system = config["world"]["env"], config.get("system")
+    what = system or f"the encoder `{config['encoder']}` and the transition model `{config['predictor']}`"
+    text = f"A world model of `{env}`, with {what}. It imagines what actions lead to in a latent space.\n\n"
+    made = command("train.py", flags, vars(train.get_args(["--system", system] if system else [])) | {"system": None})
+    if "released" in flags:
+        made = f"python -m lib.released {flags['released']} --convert {run}"
+    use = "python plan.py --ckpt" if can_be_set(env) else "python -m extras.horizon --ckpt"
+    text += f"```bash\n{made}\n{use} REPOSITORY\n```\n"
     if table.exists():
-        if Path(common.read_json(next(plans.rglob("results.json")))["args"]["ckpt"]).resolve() != run.resolve():
-            raise UserError(f"{plans} has the results of another run: give --plans, or plan with --ckpt {run}")
+        results = next(plans.rglob("results.json"), None)
+        of = results and Path(common.read_json(results)["args"]["ckpt"]).resolve()
+        if of != run.resolve() or table.stat().st_mtime < (folder / "model.safetensors").stat().st_mtime:
+            raise UserError(f"{plans} has the results of another model: give --plans, or plan with --ckpt {run}")
         text += f"\nSuccess in reaching goal images, with 95 % intervals:\n\n{table.read_text()}"
     return text, {"config.json": (folder / "config.json").read_bytes()}, [folder / "model.safetensors"]
 
@@ -62,8 +67,10 @@ def share_dream(run):
     args, flags = open_run(run, wm.STEPS), common.read_json(run / "args.json")
     wm.load_models(args)  # they are whole
     default = vars(parse_args(["all", "--env", args.env], ["all"], ""))
-    made = command("vae_mdnrnn.py all", {"env": args.env, **flags}, {**default, "env": None})
-    text = f"V, M and C of World Models (Ha & Schmidhuber, 2018, arXiv:1803.10122) for `{args.env}`.\n\n"
+    step = "all" if args.run == run else "iterate"
+    made = command(f"vae_mdnrnn.py {step}", {"env": args.env, **flags}, {**default, "env": None})
+    text = f"V, M and C of World Models (Ha & Schmidhuber, 2018, arXiv:1803.10122) for `{args.env}`. V and M were made "
+    text += "by the first of these commands, and so was C, but for flags of its search.\n\n"
     text += f"```bash\n{made}\nhf download REPOSITORY --local-dir {run}\npython -m extras.play --run {run}\n```\n"
     if (args.run / "test.json").exists():
         rows = [["player", "where", "return, mean ± standard deviation", "episodes"]]

@@ -16,6 +16,7 @@ import train
 from encoders import build_encoder
 from extras import budget, calibration, horizon, representation, tokens
 from lib import pictures, processes
+from lib.systems import system_class
 from lib.worlds import make_env, play_alone
 from predictor import WorldModel
 from test_all import run_all
@@ -87,6 +88,12 @@ def test_runs_of_different_worlds_have_no_common_horizon(workplace, script):
         state_model(frameskip).save_pretrained(f"runs/{name}")
     code, _, err = script("extras.horizon", "--ckpt", "runs/a", "runs/b", "--steps", 3)
     assert code == 2 and "only runs of one environment, --img-size and --frameskip can be compared" in err
+    stats = (np.zeros(2), np.ones(2)), (np.zeros(4), np.ones(4))
+    sizes = dict(channels=2, deter=4, mlp_dim=4, groups=1, classes=2)
+    dreamer = system_class("dreamer")(*stats, world=dict(env="pointmaze", img_size=16, data="d"), **sizes)
+    dreamer.save_pretrained("runs/c")
+    code, _, err = script("extras.horizon", "--ckpt", "runs/c", "--steps", 3)
+    assert code == 2 and "a latent of runs/c depends on earlier frames" in err
     assert not (workplace / "plan_outputs").exists()
 
 
@@ -119,7 +126,7 @@ STUDY += "--n-evals 3 --max-iter 2 --num-samples 20 --topk 5 --opt-steps 2".spli
 @pytest.fixture
 def here(monkeypatch):
     """The study's jobs are done in this process, which does not have to import everything again, as a worker does."""
-    pool, threads = mock.Mock(map=lambda function, jobs, chunksize: map(function, jobs)), torch.get_num_threads()
+    pool, threads = mock.Mock(map=lambda function, jobs: map(function, jobs)), torch.get_num_threads()
     monkeypatch.setattr(processes, "Workers", lambda workers: contextlib.nullcontext(pool))
     yield
     torch.set_num_threads(threads)

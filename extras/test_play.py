@@ -312,6 +312,7 @@ def test_a_run_that_is_shared_in_a_folder_is_small_and_dreams_and_plans(here, sc
         ),
         ("--run runs/dream --without data", "no runs/dream/data: first run python vae_mdnrnn.py collect --env"),
         ("--ckpt runs/dream", "no model at runs/dream: train one with python train.py"),
+        ("--ckpt runs/typo", "no model at runs/typo: train one with python train.py"),
     ],
 )
 def test_what_wrong_input_gets(command, message, here, script, monkeypatch):

@@ -1,17 +1,21 @@
 """The claims of extras/share.py and of models in the hub's form."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import huggingface_hub as hub
+import numpy as np
 import pytest
 import torch
 
 import plan
 import train
-from lib import weights
+from extras import share
+from lib import common, weights
+from lib.systems import system_class
 from predictor import WorldModel, load_model
 from test_all import SMALL, assert_refused, run_all
 
@@ -108,9 +112,29 @@ def test_what_wrong_input_gets(run_folder, script, monkeypatch):
     (run_folder / "plan_outputs/tiny").mkdir(parents=True)
     (run_folder / "plan_outputs/tiny/table.md").write_text("| |\n")
     (run_folder / "plan_outputs/tiny/results.json").write_text(json.dumps({"args": {"ckpt": "runs/other"}}))
-    assert_refused(script("extras.share", "runs/tiny", "a/b"), "has the results of another run: give --plans")
+    assert_refused(script("extras.share", "runs/tiny", "a/b"), "has the results of another model: give --plans")
+    results = {"args": {"ckpt": "runs/tiny"}}
+    (run_folder / "plan_outputs/tiny/results.json").write_text(json.dumps(results))
+    (run_folder / "runs/tiny/model.safetensors").touch()  # trained again since
+    os.utime("plan_outputs/tiny/table.md", (0, 0))
+    assert_refused(script("extras.share", "runs/tiny", "a/b"), "has the results of another model: give --plans")
     with pytest.raises(Exception, match="no model at runs/none"):
         load_model("runs/none")
+
+
+def test_a_system_and_a_converted_run_say_how_they_were_made(workplace, script):
+    assert_refused(script("plan", "--ckpt", "runs/own"), "no model at runs/own: train one with python train.py")
+    world = dict(env="pointmaze", img_size=64, data="datasets/pointmaze")
+    stats = (np.zeros(2), np.ones(2)), (np.zeros(4), np.ones(4))
+    system_class("lewm")(*stats, world=world, channels=2, mlp_dim=4, dim=4).save_pretrained("runs/own")
+    flags = vars(train.get_args(["--system", "lewm", "--seed", "3", "--sizes", "channels=2,mlp_dim=4,dim=4"]))
+    for written, made in (
+        (flags, "python train.py --system lewm --sizes channels=2,mlp_dim=4,dim=4 --seed 3\npython plan.py --ckpt"),
+        ({"released": "outputs/x"}, "python -m lib.released outputs/x --convert runs/own\npython plan.py --ckpt"),
+    ):
+        common.write_json("runs/own/args.json", written)
+        text, *_ = share.share_model(Path("runs/own"), Path("none"))
+        assert f"```bash\n{made}" in text and "A world model of `pointmaze`, with lewm." in text
 
 
 def test_the_model_that_is_shipped_reaches_its_goals(workplace, script):

@@ -55,3 +55,10 @@ def test_psnr_is_that_of_each_step():
     frames = real.copy()
     frames[:, 1], frames[:, 2] = 51, 255  # a fifth of the range, and all of it
     assert systems.psnr_by_step(frames[:, 1:], real[:, 1:]) == pytest.approx([-20 * np.log10(0.2), 0], abs=1e-4)
+
+
+def test_an_impossible_budget_is_reported_before_anything_is_trained(tmp_path, script, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = script("extras.systems", "--num-samples", 5)
+    assert code == 2 and "--topk 10 must lie between 2 and --num-samples 5" in err
+    assert not list(tmp_path.iterdir())

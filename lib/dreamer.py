@@ -144,7 +144,7 @@ class Dreamer(System):
     the initial state. `rollout` goes through all known frames and actions; what it imagines has an empty e.
     """
 
-    name = "dreamer"
+    name, alone = "dreamer", False
     num_frames, batch_size, steps, lr = 8, 16, 2000, 8e-4
     sizes = dict(channels=8, deter=256, mlp_dim=256, groups=8, classes=8)
 

@@ -26,9 +26,8 @@ def open_log(kind, folder, flags):
             writer.flush()
 
     else:
-        run = wandb.init(
-            project="world-models", id=str(folder).replace("/", "-"), dir=folder, config=flags, resume="allow"
-        )
+        names = dict(project="world-models", name=str(folder), id=str(folder).replace("/", "-"))
+        run = wandb.init(**names, dir=folder, config=flags, resume="allow")
 
         def report(name, step, values):
             run.define_metric(f"{name}/*", step_metric=f"{name}/step")  # V, M and C count steps of their own

@@ -110,7 +110,8 @@ def open_run(run, steps):
     flags = common.read_json(run / "args.json") if (run / "args.json").exists() else {}
     if not {*RUN_FLAGS} <= flags.keys():
         raise UserError(f"no run of World Models at {run}: make one with python vae_mdnrnn.py all --env takecover")
-    last = max(run.glob("iteration*[0-9]"), key=lambda path: int(path.name.removeprefix("iteration")), default=run)
+    whole = [path for path in run.glob("iteration*[0-9]") if any(path.glob("c_*.safetensors"))]
+    last = max(whole, key=lambda path: int(path.name.removeprefix("iteration")), default=run)
     given = [f"--{name.replace('_', '-')}={flags[name]}" for name in RUN_FLAGS]
     return parse_args(["test", f"--out={last}", *given], steps, __doc__)
 

@@ -71,6 +71,7 @@ class System(nn.Module):
     num_patches, num_hist = 1, 1  # N tokens of a frame, and how many frames the dynamics sees
     history = context = 3  # true frames from which planning and pictures start
     proprio_dim, variant, wide, criterion = 0, "repository", False, staticmethod(F.mse_loss)
+    alone = True  # whether the latent of a frame depends on this frame alone
 
     def __init__(self, action_stats, proprio_stats, num_hist=None, frameskip=5, world=None, **sizes):
         super().__init__()

