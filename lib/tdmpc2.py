@@ -8,7 +8,7 @@ eight numbers of the latent:
     L = 20 mean_k rho^(k-1) ||z^_{t+k} - sg h(o_{t+k})||^2          k = 1 .. K steps of imagination, rho = 0.5
 
 A latent that is the same for all frames makes L zero, and nothing asks for another: in PointMaze its variance stays
-below 1e-5, where that of `lewm` grows to 0.7. `lewm` is the same model with one term against that: SIGReg (LeJEPA,
+below 1e-5, where that of `lewm` is 0.8. `lewm` is the same model with one term against that: SIGReg (LeJEPA,
 Balestriero & LeCun, 2025, arXiv:2511.08544, section 4), with which LeWorldModel (Maes et al., 2026, arXiv:2603.19312)
 keeps the latents of a batch an isotropic Gaussian:
 
@@ -21,7 +21,8 @@ Deviations. From TD-MPC2: it stacks three frames in the encoder; here every fram
 single image can be the goal, and d sees the latents and actions of the last three. Its random shifts of the image are
 left out, because here a shifted ball is elsewhere. From LeWorldModel: its encoder is a ViT and its dynamics a
 transformer that learns one step ahead; here both are TD-MPC2's, so that the pair differs in the term and in what the
-term asks for: no SimNorm, whose latents cannot be Gaussian, and, as in its release, no stopped gradient.
+term asks for: no SimNorm, whose latents cannot be Gaussian, and, as in its release, a batch normalisation and no
+stopped gradient.
 
     python train.py --system tdmpc2 && python plan.py        # log.csv: val_variance, the variance of the latents
     python train.py --system lewm && python plan.py
