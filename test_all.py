@@ -692,12 +692,14 @@ def test_mdn_nll_and_samples_are_those_of_torch_distributions(mixture):
     expected = -library(logit, mu, logsigma).log_prob(z.unflatten(-1, mu.shape[1::2])).sum(-1)
     close(wm.mdn_nll(logit, mu, logsigma, z), expected, rtol=1e-5, atol=1e-5)
     one = logit[0], mu[0], logsigma[0]
+    many = *(part.expand(200_000, *part.shape) for part in one), -torch.rand(200_000, *logit[0].shape).log().neg().log()
+    many = *many, torch.randn(200_000, *mu.shape[1::2])
     for tau in (0.5, 1.0, 2.0):
-        drawn, true = wm.mdn_sample(*(part.expand(200_000, *part.shape) for part in one), tau), library(*one, tau)
+        drawn, true = wm.mdn_sample(*many, tau), library(*one, tau)
         close(drawn.mean(0), true.mean.flatten(), atol=0.02, rtol=0.02)
         close(drawn.var(0), true.variance.flatten(), atol=0, rtol=0.05)
     most_likely = mu[0][torch.arange(len(mu[0])), logit[0].argmax(-1)].flatten()
-    close(wm.mdn_sample(*one, tau=1e-9), most_likely, atol=1e-3, rtol=0)
+    close(wm.mdn_sample(*(part[0] for part in many), tau=1e-9), most_likely, atol=1e-3, rtol=0)
     nn.init.constant_(rnn.mdn.bias, -100.0)
     wm.mdn_nll(*rnn.mixture(h), z).sum().backward()  # a tiny sigma
     assert rnn.mdn.weight.grad.isfinite().all()
@@ -780,8 +782,8 @@ def test_dream_scores_count_each_dream_to_its_own_end():
     dream = tiny_dream("done", 300)
     nn.init.zeros_(dream.rnn.heads["done"].weight)
     nn.init.constant_(dream.rnn.heads["done"].bias, np.log(0.05 / 0.95))
-    scores, steps = wm.dream_scores(dream, wm.Controller(20, 1), np.zeros((40, 21), "f"), 0, 50)
-    assert scores.shape == (40, 50) and scores.min() == 1 and scores.sum() == steps
+    scores, steps = wm.dream_scores(dream, wm.Controller(20, 1), np.zeros((2, 21), "f"), 0, 2000)
+    assert scores.shape == (2, 2000) and scores.min() == 1 and scores.sum() == steps and np.array_equal(*scores)
     assert scores.mean() == pytest.approx(20, abs=1.5) and scores.std() == pytest.approx(20, abs=3)
 
 
@@ -916,7 +918,7 @@ def test_iterations_build_on_each_other(tmp_path, monkeypatch, script, one_proce
     monkeypatch.setattr(wm, "fit", watched_fit)
     monkeypatch.setattr(wm, "evolve", lambda _, mean, *a, **k: (means.append(mean), evolve(_, mean, *a, **k))[1])
     flags = [*SMALL, "--seed", 2**31 - 2, "--out", tmp_path]
-    code, out, err = script("vae_mdnrnn", "iterate", "--iterations", 2, *flags)
+    code, out, err = script("vae_mdnrnn", "iterate", "--iterations", 2, *flags, "--v-steps", 4, 3)
     assert code == 0, err
     first, second = (tmp_path / f"iteration{i}" for i in (1, 2))
     assert not means[0].any() and np.array_equal(means[1], load_file(first / "c_dream_tau1.safetensors")["params"])
@@ -927,8 +929,8 @@ def test_iterations_build_on_each_other(tmp_path, monkeypatch, script, one_proce
     assert np.array_equal(after.frames[: len(before.frames)], before.frames)
     assert load_file(second / "rnn.safetensors").keys() >= {"heads.reward.weight", "heads.action.weight"}
     assert len((tmp_path / "iterations.csv").read_text().splitlines()) == 3
-    assert recipes.open_run(tmp_path, wm.STEPS).run == second
-    assert "dream_tau1" in script("vae_mdnrnn", "test", *flags[:-1], second)[1]  # an iteration is a run of its own
+    assert vars(recipes.open_run(tmp_path, wm.STEPS)).items() >= {"run": second, "v_steps": 3}.items()
+    assert "dream_tau1" in script("vae_mdnrnn", "test", *flags[:-1], second, "--v-steps", 3)[1]  # a run of its own
 
 
 STEPS = [("train-v", "vae.safetensors"), ("train-v", "reconstructions.png"), ("train-m", "rnn.csv")]
@@ -989,6 +991,7 @@ WRONG = [
     ("test --sizes z_dim=5,hidden=8", Z, [keep], "was begun with other flags"),
     ("train-c --popsize 5", FITNESS, [keep], "was begun with {'popsize': 4"),
     ("iterate --tau 1 2", Z, [keep], "one --tau"),
+    ("train-m --m-steps 6 6", Z, [keep], "several numbers for --m-steps are for the step iterate"),
 ]
 
 

@@ -10,7 +10,7 @@ M alone, in a dream that never renders a frame (TakeCover, section 4). What the 
 
     python vae_mdnrnn.py all --env takecover        # the five steps: collect, train-v, train-m, train-c, test
     python vae_mdnrnn.py train-c --tau 1.15         # one of them: C, in a dream of another temperature
-    python vae_mdnrnn.py iterate --env pointmaze    # section 5: roll out with C, train M, train C in M; again
+    python vae_mdnrnn.py iterate --env takecover    # section 5: roll out with C, train M, train C in M; again
     torchrun --nproc-per-node 4 vae_mdnrnn.py train-c   # four processes share the population
     python vae_mdnrnn.py bench                      # dream steps per second
 
@@ -177,14 +177,12 @@ def mdn_nll(logit, mu, logsigma, z):
     return -torch.logsumexp(logit.log_softmax(-1) + log_n.sum(-1), -1).sum(-1)
 
 
-def mdn_sample(logit, mu, logsigma, tau=1.0, generator=None):
-    """z (..., z_dim): k ~ Categorical(softmax(logit / tau)), then z ~ N(mu_k, tau sigma_k^2) (the paper's code)."""
-    u = torch.rand(logit.shape, generator=generator, device=mu.device).clamp_(1e-20, 1 - 1e-7)
-    k = (logit / tau - torch.log(-torch.log(u))).argmax(-1)  # (..., G): the largest of Gumbels is a categorical sample
-    k = k[..., None, None].expand(*k.shape, 1, mu.shape[-1])  # (..., G, 1, D)
-    mu, sigma = mu.gather(-2, k), logsigma.gather(-2, k).exp()
-    noise = torch.randn(mu.shape, generator=generator, device=mu.device)
-    return (mu + math.sqrt(tau) * sigma * noise).flatten(-3)
+def mdn_sample(logit, mu, logsigma, gumbel, noise, tau=1.0):
+    """z (..., z_dim): k ~ Categorical(softmax(logit / tau)), then z ~ N(mu_k, tau sigma_k^2) (the paper's code), from
+    random numbers: gumbel (..., G, K), since the largest of Gumbels is a categorical sample, and noise (..., G, D)."""
+    k = (logit / tau + gumbel).argmax(-1)[..., None, None].expand(*noise.shape[:-1], 1, noise.shape[-1])
+    mu, logsigma = (part.gather(-2, k)[..., 0, :] for part in (mu, logsigma))  # (..., G, D)
+    return (mu + math.sqrt(tau) * logsigma.exp() * noise).flatten(-2)
 
 
 def mdnrnn_loss(rnn, z, a, reward, done, valid, restart, done_weight=10.0, half=False):
@@ -326,13 +324,15 @@ class Dream:
         self.rnn, self.tau, self.max_steps, self.cell = rnn, tau, max_steps, cell
         self.start = [torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in start]
         self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.random = dict(generator=self.generator, device=self.device)
 
-    def reset(self, num):
-        """Begins `num` dreams and returns what C sees of each, (num, in_dim)."""
-        (mu, logvar), self.t = self.start, 0
-        i = torch.randint(len(mu), (num,), generator=self.generator, device=self.device)
-        self.z = sample_z(mu[i], logvar[i], self.generator)
-        self.state = (torch.zeros(1, num, self.rnn.hidden, dtype=self.rnn.mdn.weight.dtype, device=self.device),) * 2
+    def reset(self, trial):
+        """Begins dreams and returns what C sees of each, (B, in_dim). Those of one trial, of which `trial` (B,) has the
+        number, draw the same random numbers."""
+        self.t, self.trial, self.trials, (mu, logvar) = 0, trial.to(self.device), int(trial.max()) + 1, self.start
+        i = torch.randint(len(mu), (self.trials,), **self.random)
+        self.z = sample_z(mu[i], logvar[i], self.generator)[self.trial]
+        self.state = (self.rnn.mdn.weight.new_zeros(1, len(trial), self.rnn.hidden),) * 2
         return features_of(self.z, self.state, self.cell)
 
     @torch.inference_mode()
@@ -341,27 +341,29 @@ class Dream:
         restart = torch.full((len(a), 1), float(self.t == 0), device=self.device)
         h, self.state = self.rnn(self.z[:, None], a[:, None], restart, self.state)
         h, heads, self.t = h[:, 0], self.rnn.heads, self.t + 1  # h (B, hidden)
-        self.z = mdn_sample(*self.rnn.mixture(h), self.tau, self.generator)
+        logit, mu, logsigma = self.rnn.mixture(h)
+        u = torch.rand(self.trials, *logit.shape[1:], **self.random).clamp_(1e-20, 1 - 1e-7)
+        gumbel, noise = -torch.log(-torch.log(u)), torch.randn(self.trials, *mu.shape[1::2], **self.random)
+        self.z = mdn_sample(logit, mu, logsigma, gumbel[self.trial], noise[self.trial], self.tau)
         reward = heads["reward"](h)[:, 0] if "reward" in heads else torch.ones(len(h), device=self.device)
         done = torch.full((len(h),), self.t >= self.max_steps, device=self.device)
         if "done" in heads:  # here the dream ends an episode
-            p = torch.sigmoid(heads["done"](h)[:, 0])
-            done |= torch.rand(p.shape, generator=self.generator, device=self.device) < p
+            done |= torch.rand(self.trials, **self.random)[self.trial] < torch.sigmoid(heads["done"](h)[:, 0])
         return features_of(self.z, self.state, self.cell), reward, done
 
     def keep(self, rows):
         """Goes on with these dreams only."""
-        self.z, self.state = self.z[rows], tuple(s[:, rows] for s in self.state)
+        self.trial, self.z, self.state = self.trial[rows], self.z[rows], tuple(s[:, rows] for s in self.state)
 
 
 # ---- CMA-ES: how C is found ----------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def dream_returns(dream, controller, own, seed):
+def dream_returns(dream, controller, own, trial, seed):
     """Cumulative rewards (B,) of dreams in which C has the weights `own` (B, num_params), and all steps dreamt."""
     dream.generator.manual_seed(seed)
-    features, alive = dream.reset(len(own)), torch.arange(len(own), device=dream.device)
+    features, alive = dream.reset(trial), torch.arange(len(own), device=dream.device)
     total, running = torch.zeros(len(own), device=dream.device), torch.ones(len(own), device=dream.device)
     steps = torch.zeros((), dtype=torch.int64, device=dream.device)
     while running.any():
@@ -379,10 +381,11 @@ def dream_returns(dream, controller, own, seed):
 
 def dream_scores(dream, controller, params, seed, trials):
     """Cumulative reward of every row of params (P, num_params) in `trials` dreams each, (P, trials), and all steps.
-    Each process of torchrun dreams a part of them, with random numbers of its own."""
+    All rows meet the same random numbers, as if on the same tracks. The processes of torchrun share the dreams."""
     own = torch.as_tensor(params, device=dream.device).repeat_interleave(trials, 0)  # each dream has its own C
-    groups = [(rows, seed + 2**32 * i) for i, rows in enumerate(own.tensor_split(WORLD_SIZE)) if len(rows)]
-    returns, steps = zip(*processes.share(lambda group: dream_returns(dream, controller, *group), groups), strict=True)
+    groups = [rows for rows in torch.arange(len(own)).tensor_split(WORLD_SIZE) if len(rows)]
+    dreams = processes.share(lambda rows: dream_returns(dream, controller, own[rows], rows % trials, seed), groups)
+    returns, steps = zip(*dreams, strict=True)
     return np.concatenate(returns).reshape(len(params), trials), sum(steps)
 
 
@@ -401,7 +404,7 @@ def evolve(scores, mean, path, popsize, trials, steps, score_trials, sigma0=0.1,
     """CMA-ES (appendix A.4) from `mean` (n,), for about `steps` steps. `path` keeps the best mean of a population.
 
     scores(params (P, n), seed, trials) -> (P, trials) returns, and the steps that they took. All candidates of a
-    generation get the same seed and so drive on the same tracks (but each dreams its own dreams). After every fifth
+    generation get the same seed and so drive on the same tracks, or dream on the same random numbers. After every fifth
     generation and the last, the mean is scored over `score_trials` trials, always with the same seed.
     Deviations: the paper's code also lowers the return of large weights, and gives each candidate 16 trials. Here
     `trials` is the first number and the largest. At first a few tracks tell good candidates from bad ones; later the
@@ -463,7 +466,8 @@ def collect(args):
         spans = zip(old.episode_starts, old.episode_ends, strict=True)
         before = [{name: getattr(old, name)[start:end] for name in old.ARRAYS} for start, end in spans]
     limits = dict(steps=args.max_steps, patience=args.patience)
-    jobs = [dict(who=policy, seed=args.seed * 1_000_003 + i, **limits) for i in range(args.episodes)]
+    first = args.seed * 1_000_003 + len(before)  # of the seeds
+    jobs = [dict(who=policy, seed=first + i, **limits) for i in range(args.episodes)]
     meta = dict(env=args.env, seed=args.seed, policy="C" if before else policy, img_size=64, frameskip=1)
     with EpisodePool(args.workers, args.env, 64, *agents) as pool:
         dataset = data.write_dataset(out, itertools.chain(before, pool.map(jobs)), len(before) + len(jobs), meta)
@@ -567,18 +571,16 @@ def test(args):
 
 
 def iterate(args):
-    """Section 5: C acts, M learns what comes next (z, reward, action, and done if the recipe has it), C learns, C acts
-    again. Each iteration is a run of its own with all data so far, and V, M and C go on from the one before.
-
-    Deviation: V is trained further, too, because later iterations see what the first did not. And C learns where --in
-    says, in M or in the real environment.
-    """
-    table, previous = [], None
-    heads = ",".join(dict.fromkeys([*args.heads.split(","), "reward", "action"]))
+    """Section 5: C acts, M learns what comes next (z, action, and reward or done, as the recipe has it), C learns, and
+    acts again. Each iteration is a run of its own with all data so far, and V, M and C go on from the one before.
+    Deviations: V learns further, too, because C sees what V has not seen, and C learns where --in says."""
+    table, previous, heads = [], None, f"{args.heads},action"
     for i in range(args.iterations):
         print(f"iteration {i + 1} of {args.iterations}")
-        own = dict(run=args.run / f"iteration{i + 1}", seed=args.seed + i, heads=heads)
-        previous = argparse.Namespace(**vars(args) | own | {"previous": previous})
+        own = {name: getattr(args, name)[: i + 1][-1] for name in recipes.BUDGETS}
+        own |= dict(run=args.run / f"iteration{i + 1}", heads=heads, previous=previous)
+        previous = argparse.Namespace(**vars(args) | own)
+        recipes.begin_run(previous)
         results = STEPS["all"](previous)
         returns = {**results[c_names(previous)[0]], "random": results["random"]["real"]}
         table.append({"iteration": i + 1, **{who: float(np.mean(r)) for who, r in returns.items()}})
@@ -640,9 +642,7 @@ STEPS |= {"all": lambda args: [STEPS[name](args) for name in list(STEPS)[:5]][-1
 def main(argv=None):
     args = parse_args(argv, STEPS, __doc__)
     if args.step != "bench":
-        common.same_flags(args.run, recipes.run_flags(args))
-        if args.step != "test" and RANK == 0:
-            common.write_json(args.run / "args.json", recipes.run_flags(args))
+        recipes.begin_run(args)
     STEPS[args.step](args)
 
 

@@ -36,6 +36,7 @@ def command(script, flags, default):
     for name, value in flags.items():
         if value != default.get(name) and value is not None:
             value = ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value
+            value = " ".join(map(str, value)) if isinstance(value, list) else value
             text += f" --{name.replace('_', '-')} {value}"
     return text
 
@@ -59,15 +60,16 @@ def share_model(run, plans):
         if of != run.resolve() or table.stat().st_mtime < (folder / "model.safetensors").stat().st_mtime:
             raise UserError(f"{plans} has the results of another model: give --plans, or plan with --ckpt {run}")
         text += f"\nSuccess in reaching goal images, with 95 % intervals:\n\n{table.read_text()}"
-    return text, {"config.json": (folder / "config.json").read_bytes()}, [folder / "model.safetensors"]
+    files = {"config.json": (folder / "config.json").read_bytes(), "args.json": (run / "args.json").read_bytes()}
+    return text, files, [folder / "model.safetensors"]
 
 
 def share_dream(run):
     """The same of a run of vae_mdnrnn.py. C goes without the course of its search."""
     args, flags = open_run(run, wm.STEPS), common.read_json(run / "args.json")
     wm.load_models(args)  # they are whole
-    default = vars(parse_args(["all", "--env", args.env], ["all"], ""))
     step = "all" if args.run == run else "iterate"
+    default = vars(parse_args([step, "--env", args.env], [step], ""))
     made = command(f"vae_mdnrnn.py {step}", {"env": args.env, **flags}, {**default, "env": None})
     text = f"V, M and C of World Models (Ha & Schmidhuber, 2018, arXiv:1803.10122) for `{args.env}`. V and M were made "
     text += "by the first of these commands, and so was C, but for flags of its search.\n\n"
@@ -81,7 +83,7 @@ def share_dream(run):
     starts = io.BytesIO()
     np.save(starts, np.float32(load_starts(args)))
     models = [args.run / "vae.safetensors", args.run / "rnn.safetensors", *sorted(args.run.glob("c_*.safetensors"))]
-    return text, {"starts.npy": starts.getvalue()}, models
+    return text, {"starts.npy": starts.getvalue(), "args.json": (args.run / "args.json").read_bytes()}, models
 
 
 def as_bytes(path, half):
@@ -123,7 +125,6 @@ def main():
     plans = args.plans or Path("plan_outputs") / name
     text, files, models = share_dream(args.run) if dreams else share_model(args.run, plans)
     files |= {path.name: as_bytes(path, args.half) for path in models}
-    files["args.json"] = (args.run / "args.json").read_bytes()
     if args.folder:
         with common.whole(args.folder, folder=True) as folder:
             for file, content in files.items():

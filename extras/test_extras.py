@@ -227,7 +227,7 @@ def test_dreams_stand_beside_games(tmp_path, script, one_process):
 def test_who_moves_at_random_does_so_in_a_dream():
     space, seen = gym.spaces.Box(np.float32([-1, 0]), np.float32([1, 3])), []
     dream = mock.Mock(device=torch.device("cpu"), generator=torch.Generator(), keep=lambda rows: None)
-    dream.reset = lambda num: torch.zeros(num, 3)
+    dream.reset = lambda trial: torch.zeros(len(trial), 3)
     dream.step = lambda a: (seen.append(a), torch.zeros(len(a), 3), torch.ones(len(a)), torch.ones(len(a)) > 0)[1:]
     assert calibration.dream_returns(dream, None, space, None, 50) == [1] * 50
     actions = torch.cat(seen)

@@ -97,7 +97,7 @@ def test_v_m_and_c_are_shared(tmp_path, script, monkeypatch):
 
 def test_what_wrong_input_gets(run_folder, script, monkeypatch):
     shown = script("extras.share", "runs/tiny", "a/b", "--dry-run")[1]
-    assert "a/b would get README.md, config.json, model.safetensors, args.json" in shown
+    assert "a/b would get README.md, config.json, args.json, model.safetensors" in shown
     assert_refused(script("extras.share", "runs/none", "a/b"), "no model at runs/none")
     assert_refused(script("extras.share", "runs/tiny"), "give a repository USER/NAME, --folder or --dry-run")
 

@@ -8,28 +8,34 @@ import numpy as np
 
 import data
 from lib import common
-from lib.common import WORLD_SIZE, UserError, positive
+from lib.common import RANK, WORLD_SIZE, UserError, positive
 from lib.logs import LOGS, open_log
 from lib.worlds import ENVIRONMENTS
 
 # The paper's sizes (appendix A), with budgets for two CPU cores: an hour and a half for takecover, four for carracing.
-# Those of pointmaze are not tuned. Unlike the paper's M of CarRacing ours predicts the reward, which the dream needs.
-# `restart` tells M when an episode begins, `cell` shows C the cell state, and `squash` turns C's outputs into actions.
-# `patience` also ends the random episodes early, so that fewer frames show nothing but grass.
+# Those of pointmaze are not tuned. A list has a budget for each iteration of `iterate`: the first is for a run without
+# iterations, too, and the last for all that follow.
+# Unlike the paper's M of CarRacing ours predicts the reward, which the dream needs. `restart` tells M when an episode
+# begins, `cell` shows C the cell state, and `squash` turns C's outputs into actions. `patience` also ends the random
+# episodes early, so that fewer frames show nothing but grass.
 # Deviation: `beta` is a tenth of the paper's. With 1 the KL term stops at its tolerance, and the posterior of 40 of
 # TakeCover's 64 latent numbers, and of 24 of CarRacing's 32, is about as wide as the prior: noise that C would act on.
 RECIPES = {
-    "takecover": dict(action_dim=1, squash="tanh", policy="hold", max_steps=2100, patience=2100, episodes=2400)
-    | dict(z_dim=64, v_steps=8000, beta=0.1, focus=50.0, hidden=512, heads="done", restart=True, m_steps=6000)
-    | dict(cell=True, bias=False, where="dream", tau=[1.3], trials=[4, 16], c_steps=20_000_000, score_trials=200),
-    "carracing": dict(action_dim=3, squash="car", policy="brownian", max_steps=1000, patience=100, episodes=300)
-    | dict(z_dim=32, v_steps=8000, beta=0.1, focus=50.0, hidden=256, heads="reward", restart=False, m_steps=3000)
-    | dict(cell=False, bias=True, where="real", tau=[1.0], trials=[2, 16], c_steps=12_000_000, score_trials=64),
-    "pointmaze": dict(action_dim=2, squash="tanh", policy="hold", max_steps=100, patience=100, episodes=300)
-    | dict(z_dim=32, v_steps=4000, beta=0.1, focus=0.0, hidden=256, heads="reward", restart=False, m_steps=1000)
-    | dict(cell=False, bias=True, where="dream", tau=[1.0], trials=[8], c_steps=1_500_000, score_trials=100),
+    "takecover": dict(action_dim=1, squash="tanh", policy="hold", max_steps=2100, patience=2100, cell=True)
+    | dict(z_dim=64, beta=0.1, focus=50.0, hidden=512, heads="done", restart=True, where="dream", tau=[1.3])
+    | dict(episodes=[2400, 800], v_steps=[8000, 3000], m_steps=[6000, 4000], c_steps=[20_000_000, 80_000_000])
+    | dict(bias=False, trials=[4, 16], score_trials=200, iterations=2),
+    "carracing": dict(action_dim=3, squash="car", policy="brownian", max_steps=1000, patience=100, cell=False)
+    | dict(z_dim=32, beta=0.1, focus=50.0, hidden=256, heads="reward", restart=False, where="real", tau=[1.0])
+    | dict(episodes=[300], v_steps=[8000], m_steps=[3000], c_steps=[12_000_000])
+    | dict(bias=True, trials=[2, 16], score_trials=64, iterations=3),
+    "pointmaze": dict(action_dim=2, squash="tanh", policy="hold", max_steps=100, patience=100, cell=False)
+    | dict(z_dim=32, beta=0.1, focus=0.0, hidden=256, heads="reward", restart=False, where="dream", tau=[1.0])
+    | dict(episodes=[300], v_steps=[4000], m_steps=[1000], c_steps=[1_500_000])
+    | dict(bias=True, trials=[8], score_trials=100, iterations=3),
 }
 SIZES = dict(z_dim=positive, hidden=positive, n_mix=positive, mixture=common.choice("vector", "dimension"))
+BUDGETS = "episodes", "v_steps", "m_steps", "c_steps"
 RUN_FLAGS = "env", "seed", "max_steps", "patience", "episodes", "sizes", "v_steps", "beta", "focus", "m_steps", "lr"
 
 
@@ -47,27 +53,29 @@ def parse_args(argv, steps, description):
     add("--workers", type=positive, default=max(1, cores), help="number of processes with a real environment")
     add("--max-steps", type=positive, help="the most steps of an episode, real or dreamt")
     add("--patience", type=positive, help="steps without a reward after which an episode ends, except in `test`")
-    add("--episodes", type=common.number(int, 2, 10**7), help="number of episodes to collect (the paper: 10,000)")
+    several = "; several numbers are for the iterations of `iterate`"
+    add("--episodes", type=common.number(int, 2, 10**7), nargs="+",
+        help=f"number of episodes to collect (the paper: 10,000){several}")  # fmt: skip
     add("--sizes", type=common.key_values(SIZES), default={}, help="z_dim, hidden (LSTM units), n_mix (Gaussians), "
         "mixture (vector: over the whole z; dimension: for each of its numbers), as z_dim=32,hidden=256")  # fmt: skip
-    add("--v-steps", type=positive, help="steps of Adam for V")
+    add("--v-steps", type=positive, nargs="+", help=f"steps of Adam for V{several}")
     add("--beta", type=common.number(float, 0, 1e6), help="weight of V's KL term")
     add("--focus", type=common.number(float, 0, 1e6), help="how much more an error weighs for V where things move")
-    add("--m-steps", type=positive, help="steps of Adam for M")
+    add("--m-steps", type=positive, nargs="+", help=f"steps of Adam for M{several}")
     add("--lr", type=common.above_zero, default=1e-3, help="learning rate of V and M at the start")
     add("--in", dest="where", choices=("dream", "real"), help="where C is trained")
     add("--tau", type=common.above_zero, nargs="+", help="temperature of the dream; several train a C for each")
     add("--popsize", type=common.number(int, 4, 10**5), default=64, help="candidates per generation of CMA-ES")
     add("--trials", type=common.number(int, 2, 10**5), nargs="+",
         help="episodes per candidate, at first and at most (the paper: 16)")  # fmt: skip
-    add("--c-steps", type=common.number(int, 1, 10**11), help="steps, real or dreamt, after which C's search ends (the "
-        "paper's CarRacing: 1,800 generations of about a million)")  # fmt: skip
+    add("--c-steps", type=common.number(int, 1, 10**11), nargs="+", help="steps, real or dreamt, after which C's "
+        f"search ends (the paper's CarRacing: 1,800 generations of about a million){several}")  # fmt: skip
     add("--sigma0", type=common.above_zero, default=0.1, help="first standard deviation of CMA-ES")
     add("--score-trials", type=positive, help="episodes by which the best C is chosen")
     add("--test-episodes", type=positive, default=100, help="real episodes, and as many dreams, for each C")
     add("--test-env", choices=ENVIRONMENTS, help="the world in which `test` plays, if not --env: carracing-gymnasium")
     add("--log", choices=LOGS, help="also send losses and returns to this service")
-    add("--iterations", type=positive, default=3, help="rounds of `iterate`")
+    add("--iterations", type=positive, help="rounds of `iterate`")
     given = parser.parse_args(argv)
     default = dict(run=Path(f"runs/worldmodels_{given.env}"), n_mix=5, mixture="dimension")
     default |= dict(previous=None, test_env=None, log=None)
@@ -77,6 +85,11 @@ def parse_args(argv, steps, description):
         raise UserError("--trials takes one number, or two of which the second is the larger")
     if args.step == "iterate" and len(args.tau) > 1:
         raise UserError(f"iterate trains one C at a time: give one --tau, not {len(args.tau)}")
+    if args.step != "iterate":
+        for name in BUDGETS:
+            if len(getattr(given, name, [0])) > 1:
+                raise UserError(f"several numbers for --{name.replace('_', '-')} are for the step iterate")
+            setattr(args, name, getattr(args, name)[0])
     if WORLD_SIZE > 1 and args.step != "train-c":
         raise UserError(f"the step {args.step} is for one process: torchrun shares train-c alone")
     if len({f"{tau:g}" for tau in args.tau}) < len(args.tau):
@@ -99,6 +112,13 @@ def run_flags(args):
     return {name: getattr(args, name) for name in RUN_FLAGS}
 
 
+def begin_run(args):
+    """Writes a run's args.json, or compares what is there. UserError if it was begun with other flags."""
+    common.same_flags(args.run, run_flags(args))
+    if args.step != "test" and RANK == 0:
+        common.write_json(args.run / "args.json", run_flags(args))
+
+
 def open_report(args):
     """Where --log sends the numbers of a step's training."""
     return open_log(args.log, args.run, run_flags(args))
@@ -107,11 +127,11 @@ def open_report(args):
 def open_run(run, steps):
     """The flags with which a run was begun, as `parse_args` returns them. Of `iterate` it is the last iteration."""
     run = Path(run)
-    flags = common.read_json(run / "args.json") if (run / "args.json").exists() else {}
-    if not {*RUN_FLAGS} <= flags.keys():
-        raise UserError(f"no run of World Models at {run}: make one with python vae_mdnrnn.py all --env takecover")
     whole = [path for path in run.glob("iteration*[0-9]") if any(path.glob("c_*.safetensors"))]
     last = max(whole, key=lambda path: int(path.name.removeprefix("iteration")), default=run)
+    flags = common.read_json(last / "args.json") if (last / "args.json").exists() else {}
+    if not {*RUN_FLAGS} <= flags.keys() or isinstance(flags["episodes"], list):
+        raise UserError(f"no run of World Models at {run}: make one with python vae_mdnrnn.py all --env takecover")
     given = [f"--{name.replace('_', '-')}={flags[name]}" for name in RUN_FLAGS]
     return parse_args(["test", f"--out={last}", *given], steps, __doc__)
 

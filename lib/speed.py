@@ -71,7 +71,8 @@ def bench_dreaming(dream, controller):
     """Measures how many steps a second untrained M and C make in dreams, of which 1, 64 and 1,024 run at once."""
     rates = []
     for batch in (1, 64, 1024):
-        params, features = torch.randn(batch, controller.num_params, device=dream.device), dream.reset(batch)
+        params = torch.randn(batch, controller.num_params, device=dream.device)
+        features = dream.reset(torch.arange(batch))
 
         def step(params=params, features=features):
             return dream.step(controller(params, features))[1].sum().item()  # waits for the device

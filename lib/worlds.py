@@ -148,7 +148,7 @@ class DreamEnv(gym.Env):
     render_mode = "rgb_array"
 
     def __init__(self, dream, vae):
-        self.dream, self.vae, self.state = dream, vae, dream.reset(1)[0].cpu().numpy()
+        self.dream, self.vae, self.state = dream, vae, dream.reset(torch.arange(1))[0].cpu().numpy()
         self.observation_space = observation_space(64, len(self.state))
         self.action_space = gym.spaces.Box(-1.0, 1.0, (dream.rnn.action_dim,), np.float32)
 
@@ -159,7 +159,7 @@ class DreamEnv(gym.Env):
         super().reset(seed=seed)
         if seed is not None:
             self.dream.generator.manual_seed(seed)
-        self.state = self.dream.reset(1)[0].cpu().numpy()
+        self.state = self.dream.reset(torch.arange(1))[0].cpu().numpy()
         return self.observe(), {}
 
     def step(self, action, render=True):
