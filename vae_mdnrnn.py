@@ -189,14 +189,14 @@ def mdnrnn_loss(rnn, z, a, reward, done, valid, restart, done_weight=10.0, half=
     """Teacher forcing: from z_t, a_t and its state M predicts z_{t+1}, and what its heads are for.
 
     All are (B, T, ...) and padded; `valid` (B, T) marks the true steps, which come first in each row. As in the paper's
-    code the likelihood is divided by z_dim, so that it is about as large as the other losses, and the rare last step of
-    an episode weighs `done_weight`. The weight is added to the head's log odds, so that the head learns the true ones.
-    With `half` the LSTM runs in bfloat16.
+    code the likelihood is divided by z_dim, and the rare last step of an episode weighs `done_weight`. The weight is
+    added to the head's log odds, so that the head learns the true ones. With `half` M computes in bfloat16.
     """
-    with bfloat16(z.device, half):
-        h = rnn(z, a, restart)[0].float()  # (B, T, hidden)
     both = valid[:, 1:]  # step t + 1 is there, and so t is
-    losses = {"nll": mdn_nll(*rnn.mixture(h[:, :-1][both]), z[:, 1:][both]).mean() / rnn.z_dim}
+    with bfloat16(z.device, half):
+        h = rnn(z, a, restart)[0]  # (B, T, hidden)
+        mixture = rnn.mixture(h[:, :-1][both])
+    h, losses = h.float(), {"nll": mdn_nll(*mixture, z[:, 1:][both]).mean() / rnn.z_dim}
     if "done" in rnn.heads:
         logit, true = rnn.heads["done"](h[valid])[:, 0] + math.log(done_weight), done[valid]
         losses["done"] = F.binary_cross_entropy_with_logits(logit, true, 1 + (done_weight - 1) * true)
@@ -466,8 +466,7 @@ def collect(args):
         spans = zip(old.episode_starts, old.episode_ends, strict=True)
         before = [{name: getattr(old, name)[start:end] for name in old.ARRAYS} for start, end in spans]
     limits = dict(steps=args.max_steps, patience=args.patience)
-    first = args.seed * 1_000_003 + len(before)  # of the seeds
-    jobs = [dict(who=policy, seed=first + i, **limits) for i in range(args.episodes)]
+    jobs = [dict(who=policy, seed=args.seed * 1_000_003 + len(before) + i, **limits) for i in range(args.episodes)]
     meta = dict(env=args.env, seed=args.seed, policy="C" if before else policy, img_size=64, frameskip=1)
     with EpisodePool(args.workers, args.env, 64, *agents) as pool:
         dataset = data.write_dataset(out, itertools.chain(before, pool.map(jobs)), len(before) + len(jobs), meta)
@@ -486,15 +485,16 @@ def train_v(args):
         common.load_fitted(vae, args.previous.run / "vae.safetensors")
     flags = dict(lr=args.lr, beta=args.beta, focus=args.focus, starts=starts, half=True, seed=args.seed)
     train_vae(vae, frames[:seen], args.v_steps, path=args.run / "vae.safetensors", report=open_report(args), **flags)
-    with torch.inference_mode():
+    vae.encoder.to(memory_format=torch.channels_last)  # as the frames are
+    with torch.inference_mode(), bfloat16(vae.mu.weight.device):
         if not latents.exists():
             z = np.empty((2, len(frames), args.z_dim), np.float32)  # small tensors in a list would scatter the memory
             for i in tqdm(range(0, len(frames), 500), "encode"):
-                z[:, i : i + 500] = torch.stack(vae.encode(to_tensor(frames[i : i + 500], args.device))).cpu()
+                z[:, i : i + 500] = torch.stack(vae.encode(to_tensor(frames[i : i + 500], args.device))).float().cpu()
             common.write_atomic(latents, lambda path: np.save(path, z))
         index = np.linspace(seen, len(frames) - 1, 500).astype(int)
         x, before = (to_tensor(frames[i], args.device) for i in (index, index - ~np.isin(index, starts)))
-        recon = vae.decode(vae.encode(x)[0])
+        recon = vae.decode(vae.encode(x)[0]).float()
         error, moves = (recon - x).square().mean(1, keepdim=True), moving(x, before)
         most = moves.sum((1, 2, 3)).topk(12).indices.sort().values
     print(f"V, held out: squared error {error.mean():.5f}, {(error * moves).sum() / moves.sum():.5f} where things move")
