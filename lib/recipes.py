@@ -23,7 +23,7 @@ from lib.worlds import ENVIRONMENTS
 RECIPES = {
     "takecover": dict(action_dim=1, squash="tanh", policy="hold", max_steps=2100, patience=2100, cell=True)
     | dict(z_dim=64, beta=0.1, focus=50.0, hidden=512, heads="done", restart=True, where="dream", tau=[1.3])
-    | dict(episodes=[2400, 800], v_steps=[8000, 3000], m_steps=[6000, 4000], c_steps=[20_000_000, 80_000_000])
+    | dict(episodes=[2400, 800], v_steps=[8000, 3000], m_steps=[6000, 4000], c_steps=[8_000_000, 30_000_000])
     | dict(bias=False, trials=[4, 16], score_trials=200, iterations=2),
     "carracing": dict(action_dim=3, squash="car", policy="brownian", max_steps=1000, patience=100, cell=False)
     | dict(z_dim=32, beta=0.1, focus=50.0, hidden=256, heads="reward", restart=False, where="real", tau=[1.0])
