@@ -361,7 +361,7 @@ class Dream:
 
 @torch.inference_mode()
 def dream_returns(dream, controller, own, trial, seed):
-    """Cumulative rewards (B,) of dreams in which C has the weights `own` (B, num_params), and all steps dreamt."""
+    """Cumulative rewards (B,) of the dreams of `trial` (B,), each with its C `own` (B, num_params), and all steps."""
     dream.generator.manual_seed(seed)
     features, alive = dream.reset(trial), torch.arange(len(own), device=dream.device)
     total, running = torch.zeros(len(own), device=dream.device), torch.ones(len(own), device=dream.device)
@@ -485,7 +485,7 @@ def train_v(args):
         common.load_fitted(vae, args.previous.run / "vae.safetensors")
     flags = dict(lr=args.lr, beta=args.beta, focus=args.focus, starts=starts, half=True, seed=args.seed)
     train_vae(vae, frames[:seen], args.v_steps, path=args.run / "vae.safetensors", report=open_report(args), **flags)
-    vae.encoder.to(memory_format=torch.channels_last)  # as the frames are
+    vae.encoder.to(memory_format=torch.channels_last)  # as in `load_models`
     with torch.inference_mode(), bfloat16(vae.mu.weight.device):
         if not latents.exists():
             z = np.empty((2, len(frames), args.z_dim), np.float32)  # small tensors in a list would scatter the memory

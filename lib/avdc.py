@@ -188,7 +188,7 @@ class AVDC(System):
             raise UserError(f"--sizes width={width} is not a multiple of the 8 groups that avdc normalises")
         pixels = 3 * PATCH**2
         self.diffusion, self.unet = Diffusion(), VideoUNet(pixels, (PAST + 1) * pixels, width)
-        self.diffusion.weight = 5 * self.diffusion.sigma**2
+        self.diffusion.weight = 5 * self.diffusion.sigma**2  # of v^, so that x^ weighs 5 at all times
         self.inverse, self.img_size = InverseModel(width, self.action_dim), img_size
         self.register_buffer("background", torch.zeros(3, SIDE, SIDE))
 

@@ -12,7 +12,7 @@ from lib.common import RANK, WORLD_SIZE, UserError, positive
 from lib.logs import LOGS, open_log
 from lib.worlds import ENVIRONMENTS
 
-# The paper's sizes (appendix A), with budgets for two CPU cores: an hour and a half for takecover, four for carracing.
+# The paper's sizes (appendix A), with budgets for two CPU cores: some two hours for takecover, four for carracing.
 # Those of pointmaze are not tuned. A list has a budget for each iteration of `iterate`: the first is for a run without
 # iterations, too, and the last for all that follow.
 # Unlike the paper's M of CarRacing ours predicts the reward, which the dream needs. `restart` tells M when an episode
@@ -113,7 +113,7 @@ def run_flags(args):
 
 
 def begin_run(args):
-    """Writes a run's args.json, or compares what is there. UserError if it was begun with other flags."""
+    """Writes a run's args.json. UserError if the run was begun with other flags."""
     common.same_flags(args.run, run_flags(args))
     if args.step != "test" and RANK == 0:
         common.write_json(args.run / "args.json", run_flags(args))
@@ -130,7 +130,7 @@ def open_run(run, steps):
     whole = [path for path in run.glob("iteration*[0-9]") if any(path.glob("c_*.safetensors"))]
     last = max(whole, key=lambda path: int(path.name.removeprefix("iteration")), default=run)
     flags = common.read_json(last / "args.json") if (last / "args.json").exists() else {}
-    if not {*RUN_FLAGS} <= flags.keys() or isinstance(flags["episodes"], list):
+    if not {*RUN_FLAGS} <= flags.keys() or isinstance(flags["episodes"], list):  # of `iterate`, and none is whole
         raise UserError(f"no run of World Models at {run}: make one with python vae_mdnrnn.py all --env takecover")
     given = [f"--{name.replace('_', '-')}={flags[name]}" for name in RUN_FLAGS]
     return parse_args(["test", f"--out={last}", *given], steps, __doc__)
