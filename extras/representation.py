@@ -25,7 +25,6 @@ or seeds than before. The token caches that it leaves with the data take 7 GB.
 """
 
 import contextlib
-import os
 import time
 from pathlib import Path
 
@@ -40,7 +39,7 @@ import train
 from encoders import build_encoder
 from extras.horizon import horizon_error
 from lib import common, pictures, processes
-from lib.common import RANK, WORLD_SIZE, UserError, positive, tqdm
+from lib.common import CORES, RANK, WORLD_SIZE, UserError, positive, tqdm
 from lib.pointmaze import SHIFTS
 from lib.worlds import ENVIRONMENTS, make_env
 from predictor import WorldModel
@@ -90,6 +89,8 @@ def plan_args(args, seed):
 
 def measure(args, env_name, encoder, seed, steps):
     """Trains one run, plans with it, and returns what is measured. Of the curve's other runs only success is."""
+    if encoder == CONTROLS:
+        return measure_controls(args, env_name, seed)
     directory, device = run_path(args, env_name, encoder, seed, steps), torch.device(args.device)
     train.train(train_args(args, env_name, encoder, seed, steps))
     start, log = time.perf_counter(), np.atleast_1d(np.genfromtxt(directory / "log.csv", delimiter=",", names=True))
@@ -147,15 +148,25 @@ def measure_controls(args, env_name, seed):
     return plan.controls(env, *plan.get_problems(env, settings, model), model, settings)
 
 
-def run_job(args_and_job):
-    """Measures one run, or controls, with a worker's share of the cores. What is printed goes to a .log file."""
-    args, env, encoder, seed, steps = args_and_job
-    path = run_path(args, env, encoder, seed, steps)
+def run_jobs(args, measure, folders, title):
+    """{job: measure(args, *job)} of every job in `folders`, which has the folder of each. What lies in a study.json is
+    not measured again. torchrun's processes share the rest, and --workers of them run at a time."""
+    left = [job for job, folder in folders.items() if not (folder / "study.json").exists()]
+    left = [(args, measure, job, folders[job]) for job in processes.gather(left)[0][RANK::WORLD_SIZE]]
+    with processes.Workers(min(args.workers, max(1, len(left)))) as pool:
+        list(tqdm(pool.map(run_job, left), title, len(left), unit="run"))
+    processes.gather(None)
+    return {job: common.read_json(folder / "study.json") for job, folder in folders.items()}
+
+
+def run_job(task):
+    """Measures one run with a worker's share of the cores. What is printed goes to a .log file."""
+    args, measure, job, folder = task
     processes.keep_freed_memory()
-    torch.set_num_threads(max(1, os.cpu_count() // args.workers))
-    with open(f"{path}.log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        result = measure_controls(args, env, seed) if encoder == CONTROLS else measure(args, env, encoder, seed, steps)
-    common.write_json(path / "study.json", result)
+    torch.set_num_threads(max(1, CORES // args.workers))
+    with open(f"{folder}.log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        result = measure(args, *job)
+    common.write_json(folder / "study.json", result)
 
 
 # ---- Tables and the figure -----------------------------------------------------------------------
@@ -303,8 +314,7 @@ def get_args():
     add("--device", type=common.available_device, default=common.default_device(), help="where to compute")
     parser.set_defaults(**(QUICK if parser.parse_args().quick else {}))
     args = parser.parse_args()
-    cores = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # torchrun's processes share them
-    args.workers = args.workers or (cores if args.device == "cpu" else 1)
+    args.workers = args.workers or (CORES if args.device == "cpu" else 1)
     if not (args.encoder and args.seeds):
         raise UserError("--encoder and --seeds each have to name at least one")
     return args
@@ -336,14 +346,9 @@ def main():
     jobs = list(dict.fromkeys(sum(budgets.values(), []) + jobs))
     if WORLD_SIZE > len(jobs):
         raise UserError(f"the study has {len(jobs)} runs, which is too few for {WORLD_SIZE} processes")
-    left = [job for job in jobs if not (run_path(args, *job) / "study.json").exists()]
-    left = [(args, *job) for job in processes.gather(left)[0][RANK::WORLD_SIZE]]  # dealt out to torchrun's processes
-    with processes.Workers(min(args.workers, max(1, len(left)))) as pool:
-        list(tqdm(pool.map(run_job, left), "study", len(left), unit="run"))
-    processes.gather(None)
+    measured = run_jobs(args, measure, {job: run_path(args, *job) for job in jobs}, "study")
     if RANK:
         return  # the first process alone writes
-    measured = {job: common.read_json(run_path(args, *job) / "study.json") for job in jobs}
     results = {}  # {(maze, encoder): what was measured, as arrays (seeds, ...)}
     for env, name in {job[:2] for job in jobs}:
         results[env, name] = stack([measured[env, name, seed, args.steps] for seed in args.seeds])

@@ -18,8 +18,6 @@ and GIFs; table.md, systems.png, and imagined.png, what each imagines below what
 what was interrupted, and it may name more systems, mazes or seeds than before.
 """
 
-import contextlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +27,9 @@ from scipy.stats import binomtest
 import data
 import plan
 import train
-from extras.representation import CONTROLS, PLANNER, measure_controls, plan_args
+from extras.representation import CONTROLS, PLANNER, measure_controls, plan_args, run_jobs
 from lib import common, pictures, processes
-from lib.common import positive, to_tensor, tqdm
+from lib.common import CORES, RANK, positive, to_tensor
 from lib.systems import SYSTEMS
 from lib.worlds import ENVIRONMENTS
 from predictor import load_model
@@ -59,6 +57,8 @@ def train_args(args, env, name, seed):
 
 def measure(args, env_name, name, seed):
     """Trains one run, plans with it, and returns what is measured."""
+    if name == CONTROLS:
+        return {"success": measure_controls(args, env_name, seed)}
     directory, device = run_path(args, env_name, name, seed), torch.device(args.device)
     train.train(train_args(args, env_name, name, seed))
     model = load_model(directory, device)
@@ -102,17 +102,6 @@ def psnr_by_step(frames, real):
     """The PSNR of frames (B, T', H, W, 3) at each of the T' steps that they have."""
     pairs = ((to_tensor(frames[:, h]), to_tensor(real[:, h])) for h in range(frames.shape[1]))
     return [pictures.psnr(*pair).item() for pair in pairs]
-
-
-def run_job(args_and_job):
-    """Measures one run, or controls, with a worker's share of the cores. What is printed goes to a .log file."""
-    args, env, name, seed = args_and_job
-    path = run_path(args, env, name, seed)
-    processes.keep_freed_memory()
-    torch.set_num_threads(max(1, os.cpu_count() // args.workers))
-    with open(f"{path}.log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        result = {"success": measure_controls(args, env, seed)} if name == CONTROLS else measure(*args_and_job)
-    common.write_json(path / "study.json", result)
 
 
 # ---- The table, the figure and the film ----------------------------------------------------------
@@ -211,27 +200,28 @@ def get_args():
     add("--name", default="systems", help="name of the study under runs/")
     add("--device", type=common.available_device, default=common.default_device(), help="where to compute")
     args = parser.parse_args()
-    args.workers = args.workers or (os.cpu_count() if args.device == "cpu" else 1)
+    args.workers = args.workers or (CORES if args.device == "cpu" else 1)
     args.img_size = 64
     return args
 
 
 def main():
     args = get_args()
+    args.device = str(processes.join(args.device))
     root = common.output_folder("runs", args.name)
     plan_args(args, 0)  # an impossible budget ends the study here
     fixed = {name: getattr(args, name) for name in ("problems", "steps", *PLANNING)}
     common.same_flags(root, fixed)
     for env in args.env:
         train.open_or_collect(train_args(args, env, EYES[0], 0), env, args.img_size)
-    common.write_json(root / "args.json", fixed)
+    if RANK == 0:
+        common.write_json(root / "args.json", fixed)
     seeds = {env: range(args.seeds if env == args.env[0] else 1) for env in args.env}
     names = [*args.system, CONTROLS]
     jobs = [(env, name, seed) for seed in range(args.seeds) for env in args.env for name in names if seed in seeds[env]]
-    left = [(args, *job) for job in jobs if not (run_path(args, *job) / "study.json").exists()]
-    with processes.Workers(min(args.workers, max(1, len(left)))) as pool:
-        list(tqdm(pool.map(run_job, left), "systems", len(left), unit="run"))
-    measured = {job: common.read_json(run_path(args, *job) / "study.json") for job in jobs}
+    measured = run_jobs(args, measure, {job: run_path(args, *job) for job in jobs}, "systems")
+    if RANK:
+        return  # the first process alone writes
     results = {(env, name): [measured[env, name, seed] for seed in seeds[env]] for env in args.env for name in names}
     write_tables(args, results, root / "table.md")
     draw(args, results, root / "systems.png")

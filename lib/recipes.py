@@ -1,14 +1,13 @@
 """World Models' recipes and flags, what vae_mdnrnn.py does if it is not asked otherwise, and the files of its runs."""
 
 import argparse
-import os
 from pathlib import Path
 
 import numpy as np
 
 import data
 from lib import common
-from lib.common import RANK, WORLD_SIZE, UserError, positive
+from lib.common import CORES, RANK, WORLD_SIZE, UserError, positive
 from lib.logs import LOGS, open_log
 from lib.worlds import ENVIRONMENTS
 
@@ -49,8 +48,7 @@ def parse_args(argv, steps, description):
     add("--seed", type=common.seed_number, default=0, help="the same seed gives the same run")
     device = "where V and M are trained, and where train-c dreams"
     add("--device", type=common.available_device, default=common.default_device(), help=device)
-    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes share them
-    add("--workers", type=positive, default=max(1, cores), help="number of processes with a real environment")
+    add("--workers", type=positive, default=CORES, help="number of processes with a real environment")
     add("--max-steps", type=positive, help="the most steps of an episode, real or dreamt")
     add("--patience", type=positive, help="steps without a reward after which an episode ends, except in `test`")
     several = "; several numbers are for the iterations of `iterate`"
