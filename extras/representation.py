@@ -245,9 +245,9 @@ def write_tables(args, results, curve, path):
         tests = pairs * (len(compared[0]) - 3)  # columns with a p-value
         tables[f"Differences in success; Bonferroni asks of {tests} tests that p < {0.05 / tests:.2g}"] = compared
     if curve:
-        header = ["gradient steps", *(f"{env}, within {k}" for env in args.env for k in (1, args.max_iter))]
-        rows = [[f"{n}", *(f"{rates[k]:.2f}" for rates in by_maze for k in (0, -1))] for n, by_maze in curve.items()]
-        tables[f"{args.curve} with seed {args.seeds[0]}, by the number of gradient steps"] = [header, *rows]
+        rows = [[f"{n}", f"{rates[0]:.2f}", f"{rates[-1]:.2f}"] for n, rates in curve.items()]
+        title = f"{args.curve} in {args.env[0]} with seed {args.seeds[0]}, by the number of gradient steps"
+        tables[title] = [["gradient steps", "within 1", f"within {args.max_iter}"], *rows]
     text = ""
     for title, rows in tables.items():
         text += f"\n{title}\n\n{common.markdown_table(rows)}"
@@ -300,7 +300,7 @@ def get_args():
     add("--env", type=common.names(mazes), default=",".join(mazes[:3]), help="mazes to compare them in")
     add("--seeds", type=several(common.seed_number), default="0,1,2", help="seeds of training")
     add("--problems", type=common.seed_number, default=7000, help="seed of the problems, to which a run adds its own")
-    add("--curve", default="efficientnet", help="encoder that the first seed also trains with other numbers of steps")
+    add("--curve", default="efficientnet", help="encoder that also learns the first maze with other numbers of steps")
     add("--shift", type=common.names(SHIFTS), default=",".join(SHIFTS), help=f"shifts of {SHIFTED} to plan with")
     add("--depth", type=positive, default=2, help="layers of the transition model")
     add("--drift", type=positive, default=10, help="number of model steps over which imagination is followed")
@@ -342,8 +342,8 @@ def main():
     names = [*args.encoder[::-1], CONTROLS]
     jobs = [(env, name, seed, args.steps) for seed in args.seeds for name in names for env in args.env]
     budgets = [round(share * args.steps) for share in CURVE] if args.curve in args.encoder else []
-    budgets = {n: [(env, args.curve, args.seeds[0], n) for env in args.env] for n in budgets if n}
-    jobs = list(dict.fromkeys(sum(budgets.values(), []) + jobs))
+    budgets = {n: (args.env[0], args.curve, args.seeds[0], n) for n in budgets if n}
+    jobs = list(dict.fromkeys([*budgets.values(), *jobs]))
     if WORLD_SIZE > len(jobs):
         raise UserError(f"the study has {len(jobs)} runs, which is too few for {WORLD_SIZE} processes")
     measured = run_jobs(args, measure, {job: run_path(args, *job) for job in jobs}, "study")
@@ -352,7 +352,7 @@ def main():
     results = {}  # {(maze, encoder): what was measured, as arrays (seeds, ...)}
     for env, name in {job[:2] for job in jobs}:
         results[env, name] = stack([measured[env, name, seed, args.steps] for seed in args.seeds])
-    curve = {n: [np.mean(measured[job]["success"], 1) for job in by_maze] for n, by_maze in budgets.items()}
+    curve = {n: np.mean(measured[job]["success"], 1) for n, job in budgets.items()}
     write_tables(args, results, curve, root / "table.md")
     draw(args, results, root / "study.png")
     print(f"{root}/ holds table.md, study.png and the runs")
