@@ -26,7 +26,7 @@ RECIPES = {
     | dict(bias=False, trials=[4, 16], score_trials=200, iterations=2),
     "carracing": dict(action_dim=3, squash="car", policy="brownian", max_steps=1000, patience=100, cell=False)
     | dict(z_dim=32, beta=0.1, focus=50.0, hidden=256, heads="reward", restart=False, where="real", tau=[1.0])
-    | dict(episodes=[300], v_steps=[8000], m_steps=[3000], c_steps=[12_000_000])
+    | dict(episodes=[600, 100], v_steps=[8000, 3000], m_steps=[3000, 2000], c_steps=[6_000_000, 3_000_000])
     | dict(bias=True, trials=[2, 16], score_trials=64, iterations=3),
     "pointmaze": dict(action_dim=2, squash="tanh", policy="hold", max_steps=100, patience=100, cell=False)
     | dict(z_dim=32, beta=0.1, focus=0.0, hidden=256, heads="reward", restart=False, where="dream", tau=[1.0])
