@@ -88,7 +88,8 @@ def plan_args(args, seed):
 
 
 def measure(args, env_name, encoder, seed, steps):
-    """Trains one run, plans with it, and returns what is measured. Of the curve's other runs only success is."""
+    """Trains one run, plans with it, and returns what is measured; of the curve's other runs only success. Or measures
+    the controls."""
     if encoder == CONTROLS:
         return measure_controls(args, env_name, seed)
     directory, device = run_path(args, env_name, encoder, seed, steps), torch.device(args.device)
@@ -149,8 +150,8 @@ def measure_controls(args, env_name, seed):
 
 
 def run_jobs(args, measure, folders, title):
-    """{job: measure(args, *job)} of every job in `folders`, which has the folder of each. What lies in a study.json is
-    not measured again. torchrun's processes share the rest, and --workers of them run at a time."""
+    """Returns {job: measure(args, *job)} for `folders`, {job: the folder of its run}. A job whose study.json is there
+    is not done again. torchrun's processes share the others, and each does --workers of them at a time."""
     left = [job for job, folder in folders.items() if not (folder / "study.json").exists()]
     left = [(args, measure, job, folders[job]) for job in processes.gather(left)[0][RANK::WORLD_SIZE]]
     with processes.Workers(min(args.workers, max(1, len(left)))) as pool:

@@ -33,7 +33,7 @@ except ImportError:  # on Windows nothing is locked, and what a killed process h
 # torchrun tells a process its number, and how many there are. They are taken out of the environment, so that a worker
 # process does not take itself for one of them.
 RANK, WORLD_SIZE = (int(os.environ.pop(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-CORES = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # which torchrun's processes share
+CORES = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # of this process
 tqdm = functools.partial(progress_bar, disable=RANK > 0)  # the first process alone shows progress
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
 DISK_ERRORS |= {errno.ENOENT, errno.EEXIST, errno.ENAMETOOLONG}
