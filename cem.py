@@ -6,10 +6,10 @@ CEM (Rubinstein, 1999) keeps a Gaussian over action sequences and moves it to wh
     E = the topk candidates of least cost     keep the elites
     mean, std <- mean(E), std(E)              and again, opt_steps times
 
-V-JEPA 2-AC (Assran et al., 2025, arXiv:2506.09985; the released code) keeps the candidates in a ball around zero,
-|a| <= maxnorm in every dimension, and moves the Gaussian with momentum: mean <- momentum mean + (1 - momentum) mean(E),
-and std alike. The improved CEM (iCEM, Pinneri et al., 2020, arXiv:2008.06389) draws noise whose neighbours in time are
-alike, with a power spectrum 1 / f^beta, and lets some of the elites run again.
+V-JEPA 2-AC (Assran et al., 2025, arXiv:2506.09985; the released code) clips every number of a candidate to
+|a| <= maxnorm, and moves the Gaussian with momentum: mean <- momentum mean + (1 - momentum) mean(E), and std alike. The
+improved CEM (iCEM, Pinneri et al., 2020, arXiv:2008.06389) draws noise whose neighbours in time are alike, with a power
+spectrum 1 / f^beta, and lets some of the elites run again.
 
 MPPI (Williams et al., 2017, ICRA) weighs all candidates instead, and its deviation stays what it is:
 
@@ -45,7 +45,8 @@ def cem(
         num_samples, topk, opt_steps: M candidates, of which `topk` become elites, `opt_steps` times.
         generator: a torch.Generator on the device of `mean`.
         momentum, maxnorm: the share of the old Gaussian that stays, and the bound of the candidates.
-        noise, keep: draws the candidates, as `torch.randn` does; the number of elites that run again (iCEM).
+        noise: draws standard normal numbers, as `torch.randn` does.
+        keep: the number of elites that run again in the next iteration (iCEM).
     Returns the last mean, actions (B, T, A).
     """
     if not 2 <= topk <= num_samples:

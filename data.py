@@ -201,7 +201,7 @@ class Windows:
         for i in range(0, len(order), batch_size):
             whole = order[i : i + batch_size]
             part = whole[RANK::WORLD_SIZE]
-            batch = self.batch(part if len(part) else whole[:1], tokens, device, frames)  # no part, no weight
+            batch = self.batch(part if len(part) else whole[:1], tokens, device, frames)  # an empty part counts 0
             yield batch | {"weight": len(part) * WORLD_SIZE / len(whole)}
 
 

@@ -86,6 +86,11 @@ class FrozenEncoder(nn.Module):
         self.mean.copy_(latents.mean(0))
         self.scale.copy_(std + damping * std.max())
 
+    def centre(self, tokens):
+        """Sets the buffers `mean` and `scale` from tokens (S, N, d): the mean at each place, and one deviation."""
+        self.mean.copy_(tokens.mean(0))
+        self.scale.copy_((tokens - self.mean).square().mean().sqrt())
+
 
 @torch.no_grad()
 def see_all(see, frames, device, size=500):
@@ -183,8 +188,6 @@ class VAEEncoder(FrozenEncoder):
     def fit(self, frames, seed=0, steps=2000, beta=0.01):
         device = self.mean.device
         sample = see_all(self.filtered, frames[:: max(1, len(frames) // 4000)], device)
-        if (sample == sample[0]).all():
-            raise UserError(f"--encoder {self.name}: all frames are the same, there is nothing to learn from them")
         self.background.copy_(sample.mean(0))
         self.gain.copy_(0.5 / (sample - self.background).abs().amax())
         self.vae.requires_grad_(True)
@@ -273,9 +276,7 @@ class PatchEncoder(FrozenEncoder):
         self.register_buffer("scale", torch.ones(()))
 
     def fit(self, frames, seed=0):
-        tokens = see_all(self, frames, self.mean.device)
-        self.mean.copy_(tokens.mean(0))
-        self.scale.copy_((tokens - self.mean).square().mean().sqrt())
+        self.centre(see_all(self, frames, self.mean.device))
         return self
 
     def forward(self, images):
@@ -387,9 +388,7 @@ class EfficientNetEncoder(FrozenEncoder):
         self.register_buffer("scale", torch.ones(()))
 
     def fit(self, frames, seed=0):
-        tokens = see_all(self, frames[:: max(1, len(frames) // 4000)], self.mean.device)
-        self.mean.copy_(tokens.mean(0))
-        self.scale.copy_((tokens - self.mean).square().mean().sqrt())
+        self.centre(see_all(self, frames[:: max(1, len(frames) // 4000)], self.mean.device))
         return self
 
     def forward(self, images):

@@ -178,7 +178,9 @@ def in_groups(solve_group, num_problems, planner, title):
 
 def controls(env, starts, goals, model, args, graph=None):
     """Success rates by iteration of the controls in args.baselines, on the same problems and for as long."""
-    other = args.planner.endswith("gd") or not args.opt_steps  # the simulator has no gradient, and draws nothing
+    # The simulator has no gradient for gd to follow, and a system that draws its plans has no budget of a search. In
+    # both cases the control plans with icem.
+    other = args.planner.endswith("gd") or not args.opt_steps
     oracle = argparse.Namespace(**vars(args) | (BUDGETS["icem"] | {"planner": "icem"} if other else {}))
     device, limits = model.action_mean.device, (args.n_taken_actions, args.max_iter)
 
@@ -227,7 +229,7 @@ class Worlds:
         obs = []
         for state in states:
             self.env.set_state(state)
-            obs.append(self.env.observe())
+            obs.append(self.env.observe() | {"proprio": np.float32(self.env.state)})  # all of it, as in a data set
         return {name: np.stack([o[name] for o in obs]) for name in obs[0]}
 
     def act(self, problems, actions):
@@ -299,9 +301,11 @@ def get_problems(env, args, model):
     train_episodes, episodes = dataset.split()
     if args.goal_source == "random_action":
         mean, std = dataset.statistics(train_episodes)["action"]
-    span, rest = divmod(steps, dataset.meta["frameskip"])
+    row = dataset.meta["frameskip"]
+    span, rest = divmod(steps, row)
     if rest:
-        raise UserError(f"--goal-H {args.goal_H} is {steps} steps of the world, but {dataset.path} has rows of several")
+        told = f"--goal-H {args.goal_H} is {steps} environment steps"
+        raise UserError(f"{told}, which is no multiple of the {row} that a row of {dataset.path} has")
     lengths = dataset.episode_ends - dataset.episode_starts
     episodes = [e for e in episodes if lengths[e] > span]
     if not episodes:
@@ -451,9 +455,9 @@ def write_table(results, path):
 PLANNER_ARGS = {
     "alpha": (0.0, common.number(float, 0, 1e6), "weight of proprio in the cost"),
     "base": (2.0, common.above_zero, "with --objective all: weight of a frame over that of the one before"),
-    "var_scale": (1.0, common.above_zero, "first standard deviation, in units of the data's actions"),
+    "var_scale": (1.0, common.above_zero, "first standard deviation of the search, in those of the data's actions"),
     "momentum": (0.0, common.number(float, 0, 0.999), "share of CEM's old mean and deviation that stays"),
-    "maxnorm": (1e6, common.above_zero, "bound of CEM's candidates, in the units of var_scale"),
+    "maxnorm": (1e6, common.above_zero, "largest number in CEM's candidates, in the units of var_scale"),
     "noise_beta": (1.0, common.number(float, 0, 10), "icem's noise has the spectrum 1 / f^beta"),
     "keep": (3, positive, "icem's elites that run again"),
     "temperature": (0.1, common.above_zero, "temperature of mppi, in standard deviations of the candidates' costs"),
@@ -473,7 +477,7 @@ def get_args(argv=None):
     seeds = "seeds of the problems; the planner uses the first"
     add("--seed", type=common.seed_number, nargs="+", default=[99], help=seeds)
     add("--n-evals", type=positive, default=50, help="number of problems per seed; those of all seeds are pooled")
-    add("--shift", choices=SHIFTS, help="let the world appear otherwise than in training")
+    add("--shift", choices=SHIFTS, help="let the world look different from how it looked in training")
     sources = "random_state: random start and goal states; dset: both from a validation episode, goal_H model steps "
     sources += "apart; random_action: a start from there, and where random actions end; or a file of --save-targets"
     add("--goal-source", default="random_state", help=sources)
@@ -500,7 +504,7 @@ def get_args(argv=None):
     dtype = "numbers in which the model sees and imagines (default: bfloat16 where that is faster, else float32)"
     add("--dtype", choices=("float32", "bfloat16"), help=dtype)
     add("--device", type=common.available_device, default=common.default_device(), help="where to compute")
-    add("--bench", action="store_true", help="measure how fast the model imagines, instead of planning with it")
+    add("--bench", action="store_true", help="measure how fast models of two sizes imagine, and do nothing else")
     args = parser.parse_args(argv)
     args.planner_args = {name: default for name, (default, *_) in PLANNER_ARGS.items()} | args.planner_args
     if (args.n_taken_actions or 1) > args.goal_H:

@@ -44,15 +44,16 @@ from lib.weights import load_renamed, model_folder, rename
 # ---- The transition models -----------------------------------------------------------------------
 #
 # A frame's latents are one row of numbers, [visual (N * d), proprio (copies * e)]. A model is made of num_patches N,
-# num_frames H, dim d, proprio_dim e, action_dim a and its own sizes, and has
-#     forward(z, action, memory)    z (B, T, N*d + copies*e) of T <= num_frames frames and the actions taken there
+# num_hist H, dim d, proprio_dim e, action_dim a and its own sizes, and has
+#     forward(z, action, memory)    z (B, T, N*d + copies*e) of T <= num_hist frames and the actions taken there
 #                                   (B, T, a) -> the latents of the T next frames, or with `newest` of the last one
 #                                   alone, and what it remembers for the next call (or None)
 #     criterion                     the error that it is trained on and plans by
 #     copies                        how many copies of the proprio a frame has
 #     embeds                        whether phi and psi come before it; else it takes normalised proprio and actions
 #     normalises                    whether it wants tokens that are layer-normalised
-#     needs_history                 whether a training rollout starts from num_frames frames; else from one, as planning
+#     needs_history                 whether a training rollout starts from num_hist frames; if not, it starts from one,
+#                                   as a plan does
 #     rollout_steps                 K, as in its paper
 
 
@@ -110,7 +111,7 @@ def run_blocks(blocks, x, tokens, tables=(), newest=False, memory=None):
 
 
 class ViTPredictor(nn.Module):
-    """DINO-WM's transition: a pre-norm transformer over the tokens of up to `num_frames` frames.
+    """DINO-WM's transition: a pre-norm transformer over the tokens of up to `num_hist` frames.
 
     The default sizes are the paper's. With `concat_dim` 1 every token gets `num_proprio_repeat` copies of the
     proprio and `num_action_repeat` of the action. With 0 they are two tokens more, and D = d.
@@ -120,7 +121,7 @@ class ViTPredictor(nn.Module):
     embeds, normalises, needs_history, rollout_steps = True, False, False, 1
 
     def __init__(
-        self, num_patches, num_frames, dim, proprio_dim=0, action_dim=0,
+        self, num_patches, num_hist, dim, proprio_dim=0, action_dim=0,
         depth=6, heads=16, dim_head=64, mlp_dim=2048, dropout=0.1,
         concat_dim=1, num_proprio_repeat=1, num_action_repeat=1,
     ):  # fmt: skip
@@ -133,7 +134,7 @@ class ViTPredictor(nn.Module):
         if concat_dim == 1:
             self.copies, self.tokens = num_patches * num_proprio_repeat, num_patches
             width = dim + num_proprio_repeat * proprio_dim + num_action_repeat * action_dim
-        self.pos_embedding = nn.Parameter(torch.randn(1, num_frames * self.tokens, width))
+        self.pos_embedding = nn.Parameter(torch.randn(1, num_hist * self.tokens, width))
         sizes = (width, heads, dim_head, dropout), (width, mlp_dim, dropout)
         self.blocks = nn.ModuleList(Block([Attention(*sizes[0]), FeedForward(*sizes[1])]) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
@@ -174,7 +175,7 @@ class RWMPredictor(nn.Module):
     copies, embeds, normalises, needs_history, rollout_steps = 1, False, False, True, 8
     LOG_STD = -5.0, -4.0
 
-    def __init__(self, num_patches, num_frames, dim, proprio_dim=0, action_dim=0, width=256, depth=2, mlp_dim=128):
+    def __init__(self, num_patches, num_hist, dim, proprio_dim=0, action_dim=0, width=256, depth=2, mlp_dim=128):
         super().__init__()
         if num_patches != 1:
             raise UserError(f"--predictor rwm takes one token a frame, not {num_patches}: try --encoder pca or state")
@@ -203,15 +204,16 @@ class ACPredictor(nn.Module):
     """V-JEPA 2-AC's transition: a transformer over frames of one action, one state and N patch tokens.
 
     Deviations: the next state is the state plus what a head reads from its token, because an action is the change of
-    the state only in the release's world. In training, imagination also predicts the states, as planning does; the
-    release reads the true ones. The default sizes are the release's, which has 300 M parameters, d 1408, P 7 and A 7.
+    the state only in the release's world, and its error is part of L. In training, imagination also predicts states, as
+    planning does; the release reads the true ones. The default sizes are the release's, which has 300 M parameters, d
+    1408, P 7 and A 7.
     """
 
     criterion = staticmethod(F.l1_loss)
     copies, embeds, normalises, needs_history, rollout_steps = 1, False, True, False, 2
 
     def __init__(
-        self, num_patches, num_frames, dim, proprio_dim=7, action_dim=7, width=1024, depth=24, heads=16, mlp_dim=4096
+        self, num_patches, num_hist, dim, proprio_dim=7, action_dim=7, width=1024, depth=24, heads=16, mlp_dim=4096
     ):
         super().__init__()
         side = math.isqrt(num_patches)
@@ -235,8 +237,8 @@ class ACPredictor(nn.Module):
             for linear in (block.attn["proj"], block.mlp["fc2"]):
                 linear.weight.data /= math.sqrt(2 * i)
         # the action and the state of a frame turn with its time alone, a patch also with its row and column
-        patch = torch.cat([torch.zeros(2, dtype=torch.long), torch.arange(num_patches)]).repeat(num_frames)
-        frame = torch.arange(num_frames).repeat_interleave(2 + num_patches)
+        patch = torch.cat([torch.zeros(2, dtype=torch.long), torch.arange(num_patches)]).repeat(num_hist)
+        frame = torch.arange(num_hist).repeat_interleave(2 + num_patches)
         position = torch.stack([frame, patch // side, patch % side], -1)  # (L, 3)
         for name, table in zip(("cos", "sin"), rotary_angles(position, width // heads, True), strict=True):
             self.register_buffer(name, table, persistent=False)

@@ -12,7 +12,7 @@ steps are drawn, and the transition model learns to predict the next latents (`W
     python train.py --predictor vjepa2_ac            # V-JEPA 2-AC
     python train.py --variant paper                  # what DINO-WM's text says where its code does otherwise
     python train.py --decoder                        # and a decoder, to see what it imagines
-    python train.py --system dreamer                 # another world model, with eyes of its own (lib/systems.py)
+    python train.py --system dreamer                 # another world model, with an encoder of its own (lib/systems.py)
     torchrun --nproc-per-node 8 train.py --encoder dinov2    # on eight GPUs, with the same global batch
 
 Writes runs/NAME/: args.json, config.json and model.safetensors (the model), log.csv, curves.png; with a decoder
@@ -72,6 +72,10 @@ def train(args):
     encoder = None if system else build_encoder(args.encoder, encoder_img_size(args), weights)
     single = not system and encoder.num_patches == 1
     sizes = args.sizes if system else transition_sizes(args, single)
+    kind = "patches" if not single else f"one token, {'vit' if args.predictor == 'vit' else 'rwm or vjepa2_ac'}"
+    batch_size, epochs, lr = (getattr(args, name) or BUDGETS[name][kind] for name in BUDGETS)
+    if batch_size % WORLD_SIZE:
+        raise UserError(f"{WORLD_SIZE} processes cannot share a --batch-size of {batch_size} evenly")
     dataset = dataset or open_or_collect(args, env, img_size)
     for flag, wanted in (("env", env), ("img_size", img_size)):
         if dataset.meta[flag] != wanted:
@@ -108,14 +112,10 @@ def train(args):
         groups.append({"params": decoder, "lr": DECODER_LR, "weight_decay": 0.0})
 
     # the budget
-    kind = "patches" if not single else f"one token, {'vit' if args.predictor == 'vit' else 'rwm or vjepa2_ac'}"
-    batch_size, epochs, lr = (getattr(args, name) or BUDGETS[name][kind] for name in BUDGETS)
     optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     steps_per_epoch = -(-len(train_windows) // batch_size)
     total_steps = args.steps or epochs * steps_per_epoch
     epochs = -(-total_steps // steps_per_epoch)
-    if batch_size % WORLD_SIZE:
-        raise UserError(f"{WORLD_SIZE} processes cannot share a --batch-size of {batch_size} evenly")
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, total_steps))
     log = []
     if resumed is not None:
@@ -172,7 +172,8 @@ def train(args):
             states = {name: part.state_dict() for name, part in states.items()}
             common.save_tensors(unfinished, {**states, "log": log})
         model.save_pretrained(directory)
-    common.remove(unfinished)
+    if RANK == 0:  # after it has written the model
+        common.remove(unfinished)
     bar.close()
     print(f"{directory}: next-latent error {log[-1]['val_visual']:.4f}, copying the last frame {log[-1]['copy']:.4f}")
     what = "plan with it: python plan.py" if can_be_set(env) else "see how far it imagines: python -m extras.horizon"
@@ -193,7 +194,8 @@ def validate(model, windows, tokens, batch_size, device, rollout_steps):
     sums = {}
     for batch in windows.batches(np.arange(len(windows)), tokens, batch_size, device):
         loss, parts = model.loss(batch, rollout_steps)
-        visual = model.encode(batch)["visual"][:, : model.num_hist + 1]
+        seen = {name: batch[name][:, : model.num_hist + 1] for name in ("visual", "proprio")}
+        visual = model.encode(seen)["visual"]
         values = {"val": loss, **{f"val_{name}": part for name, part in parts.items()}}
         values["copy"] = model.criterion(visual[:, :-1], visual[:, 1:])
         weight = len(visual) / len(windows) if batch["weight"] else 0.0
@@ -249,7 +251,10 @@ def frames_to_fit(encoder, dataset, episodes, rng):
     clip = encoder.clip_frames
     starts = data.Windows(dataset, episodes, clip, dataset.meta["frameskip"]).starts
     first = np.sort(rng.choice(starts, min(FIT_FRAMES // clip, len(starts)), replace=False))
-    return dataset.frames[(first[:, None] + np.arange(clip)).ravel()]
+    frames = dataset.frames[(first[:, None] + np.arange(clip)).ravel()]
+    if all((frame == frames[0]).all() for frame in frames):
+        raise UserError(f"all frames of {dataset.path} are the same, so there is nothing to learn from them")
+    return frames
 
 
 def encoder_img_size(args):
@@ -283,7 +288,7 @@ def get_args(argv=None):
     add("--env", help="the world; its data are collected if they are not there (default: the data set's, or pointmaze)")
     add("--data", help="data set folder, ours or DINO-WM's point_maze (default: datasets/ENV, or datasets/ENV_SIZE)")
     add("--img-size", type=positive, help="side of the frames in the data set, in pixels (default: its own, or 64)")
-    add("--system", metavar="NAME", help=f"a world model with eyes of its own instead: {', '.join(SYSTEMS)}")
+    add("--system", metavar="NAME", help=f"a world model with an encoder of its own instead: {', '.join(SYSTEMS)}")
     add("--encoder", default="pca", help="encoder of the frames: python encoders.py lists them, and `state` sees none")
     add("--encoder-img-size", type=positive, help="side to which the encoder resizes frames (default: its own)")
     add("--weights", help="the encoder's weights: a file, folder, hub repository or 'random' (default: the released)")

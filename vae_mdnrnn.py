@@ -14,8 +14,9 @@ M alone, in a dream that never renders a frame (TakeCover, section 4). What the 
     torchrun --nproc-per-node 4 vae_mdnrnn.py train-c   # four processes share the population
     python vae_mdnrnn.py bench                      # dream steps per second
 
-Everything lands in runs/worldmodels_<env>. Training that was killed goes on where it stopped when the same command is
-given again, and what is trained or collected stays. A killed `collect` begins again, and `test` always plays.
+Everything lands in runs/worldmodels_<env>, or of `iterate` in runs/worldmodels_<env>_iterate. Training that was killed
+goes on where it stopped when the same command is given again, and what is trained or collected stays. A killed
+`collect` begins again, and `test` always plays.
 """
 
 import argparse
@@ -34,7 +35,7 @@ import data
 from lib import common, pictures, processes, recipes
 from lib.common import RANK, WORLD_SIZE, UserError, bfloat16, fit, to_frames, to_tensor, tqdm
 from lib.decoders import OnePixelDeconv
-from lib.recipes import c_names, first_held_out, load_data, need, open_report, parse_args
+from lib.recipes import c_names, first_held_out, load_c, load_data, need, open_report, parse_args, temperature
 from lib.worlds import BATCH, DreamEnv, EpisodePool, play_alone
 
 # ---- V: what is seen, in few numbers -------------------------------------------------------------
@@ -186,13 +187,13 @@ def mdn_sample(logit, mu, logsigma, gumbel, noise, tau=1.0):
 
 
 def mdnrnn_loss(rnn, z, a, reward, done, valid, restart, done_weight=10.0, half=False):
-    """Teacher forcing: from z_t, a_t and its state M predicts z_{t+1}, and what its heads are for.
+    """Teacher forcing: from z_t, a_t and its state M predicts z_{t+1}; its heads predict done, reward and next action.
 
-    All are (B, T, ...) and padded; `valid` (B, T) marks the true steps, which come first in each row. As in the paper's
-    code the likelihood is divided by z_dim, and the rare last step of an episode weighs `done_weight`. The weight is
-    added to the head's log odds, so that the head learns the true ones. With `half` M computes in bfloat16.
+    All are (B, T, ...), and padded where `valid` (B, T) is false. As in the paper's code the likelihood is divided by
+    z_dim, and the rare last step of an episode weighs `done_weight`, which is added to the head's log odds, so that it
+    learns the true ones. With `half` M computes in bfloat16.
     """
-    both = valid[:, 1:]  # step t + 1 is there, and so t is
+    both = valid[:, 1:]  # step t + 1 exists, and so does step t
     with bfloat16(z.device, half):
         h = rnn(z, a, restart)[0]  # (B, T, hidden)
         mixture = rnn.mixture(h[:, :-1][both])
@@ -208,7 +209,7 @@ def mdnrnn_loss(rnn, z, a, reward, done, valid, restart, done_weight=10.0, half=
 
 
 def whole_episodes(latents, dataset, episodes, device):
-    """What `mdnrnn_loss` takes of these episodes, padded. z is drawn anew each time from its mu and logvar, which are
+    """These episodes, padded, as `mdnrnn_loss` takes them. z is drawn anew each time from its mu and logvar, which are
     `latents` (2, S, z_dim)."""
     starts, ends = (torch.from_numpy(np.array(x))[episodes] for x in (dataset.episode_starts, dataset.episode_ends))
     rows = starts[:, None] + torch.arange(int((ends - starts).max()))  # (B, T)
@@ -361,7 +362,8 @@ class Dream:
 
 @torch.inference_mode()
 def dream_returns(dream, controller, own, trial, seed):
-    """Cumulative rewards (B,) of the dreams of `trial` (B,), each with its C `own` (B, num_params), and all steps."""
+    """What each row of `own` (B, num_params), the weights of a C, earns in a dream, (B,), and how many steps they all
+    take. Dreams with the same number in `trial` (B,) draw the same random numbers."""
     dream.generator.manual_seed(seed)
     features, alive = dream.reset(trial), torch.arange(len(own), device=dream.device)
     total, running = torch.zeros(len(own), device=dream.device), torch.ones(len(own), device=dream.device)
@@ -380,7 +382,7 @@ def dream_returns(dream, controller, own, trial, seed):
 
 
 def dream_scores(dream, controller, params, seed, trials):
-    """Cumulative reward of every row of params (P, num_params) in `trials` dreams each, (P, trials), and all steps.
+    """What every row of params (P, num_params) earns in `trials` dreams, (P, trials), and how many steps they all take.
     All rows meet the same random numbers, as if on the same tracks. The processes of torchrun share the dreams."""
     own = torch.as_tensor(params, device=dream.device).repeat_interleave(trials, 0)  # each dream has its own C
     groups = [rows for rows in torch.arange(len(own)).tensor_split(WORLD_SIZE) if len(rows)]
@@ -430,7 +432,8 @@ def evolve(scores, mean, path, popsize, trials, steps, score_trials, sigma0=0.1,
         returns, taken = scores(np.float32(candidates), (seed + 1) * 1_000_003 + len(log) * trials[-1], count)
         values, done = returns.mean(1), done + taken
         if not values.min() < values.max():  # a NaN fails the comparison, too
-            raise UserError(f"all candidates of generation {len(log) + 1} earn {values[0]:g}: train V and M longer")
+            cure = "train V and M longer, or raise --tau"
+            raise UserError(f"all candidates of generation {len(log) + 1} earn {values[0]:g}: {cure}")
         es.tell(candidates, -values.astype(float))
         row = {"generation": len(log) + 1, "trials": count, "best": values.max(), "mean": values.mean()}
         row |= {"worst": values.min(), "agreement": np.corrcoef([returns[:, i::2].mean(1) for i in (0, 1)])[0, 1]}
@@ -528,7 +531,7 @@ def train_c(args):
                 scores = functools.partial(real_scores, pool, args)
             else:
                 rnn = rnn.to(args.device, common.short_numbers(args.device))
-                scores = functools.partial(dream_scores, make_dream(args, rnn, name), controller)
+                scores = functools.partial(dream_scores, make_dream(args, rnn, temperature(name)), controller)
             path = args.run / f"c_{name}.pt"
             budget = args.popsize, args.trials, args.c_steps, args.score_trials, args.sigma0, args.seed
             search = evolve(scores, mean, path, *budget, report=open_report(args))
@@ -539,11 +542,11 @@ def train_c(args):
 
 
 def test(args):
-    """5. Return over --test-episodes real episodes, and as many dreams, of a random policy, of a C that is 0 and of
-    every trained C. A dream is to be believed if it grants each C what the real environment does."""
+    """5. What a random policy, a C of zeros and every trained C earn in --test-episodes real episodes, and each C in as
+    many dreams. A dream is to be believed if it grants each C what the real environment does."""
     vae, rnn, controller = load_models(args)
-    there = [path.stem.removeprefix("c_") for path in sorted(args.run.glob("c_*.safetensors"))]
-    found = {name: load_c(args, name) for name in there or c_names(args)}
+    found = recipes.load_all_c(args) or {name: load_c(args, name) for name in c_names(args)}
+    shown = min(found)  # the C that is filmed, in its median game, and at whose temperature the C of zeros dreams
     players = {"random": "uniform", "zero": np.zeros(controller.num_params, np.float32), **found}
     first, results = 777_000_000 + args.seed * 1_000, {}
     jobs = lambda who, *which: [dict(who=who, seed=first + i, steps=args.max_steps) for i in which]  # noqa: E731
@@ -552,17 +555,16 @@ def test(args):
             episodes = pool.returns(jobs(who, *range(args.test_episodes)))
             results[name] = {"real": [r for r, _ in tqdm(episodes, f"test {name}", args.test_episodes)]}
             if name != "random":
-                dream = make_dream(args, rnn, name)
+                dream = make_dream(args, rnn, temperature(name if name in found else shown))
                 returns, _ = dream_scores(dream, controller, who[None], 777_000_000 + args.seed, args.test_episodes)
                 results[name]["dream"] = returns[0].tolist()
-        shown = min(found)  # the C that is filmed, in its median game
         (game,) = pool.map(jobs(found[shown], int(np.argsort(results[shown]["real"])[args.test_episodes // 2])))
     common.write_json(args.run / "test.json", {"env": args.test_env or args.env, "seed": args.seed, "returns": results})
     print(f"return over {args.test_episodes} episodes: mean ± standard deviation (and ± 95 % interval of the mean)")
     for player, where in ((player, where) for player, result in results.items() for where in result):
         mean, std = np.mean(results[player][where]), np.std(results[player][where])
         print(f"{player:16} {where:5} {mean:7.1f} ± {std:5.1f} (± {1.96 * std / args.test_episodes**0.5:.1f})")
-    dream, params = DreamEnv(make_dream(args, rnn, shown), vae), torch.from_numpy(found[shown])[None]
+    dream, params = DreamEnv(make_dream(args, rnn, temperature(shown)), vae), torch.from_numpy(found[shown])[None]
     act = lambda obs: controller(params, torch.from_numpy(obs["proprio"])[None])[0]  # noqa: E731
     dreamt = play_alone(dream, act, args.seed, args.max_steps)["frames"]
     both = pictures.beside(dreamt[: len(game["frames"])], game["frames"][: len(dreamt)])
@@ -591,16 +593,14 @@ def bench(args):
     """Dream steps per second, C included, at the sizes of --env, with untrained weights."""
     from lib.speed import bench_dreaming  # here, because it imports this file
 
-    rnn = make_rnn(args, args.heads).eval().requires_grad_(False)
-    rnn = rnn.to(args.device, common.short_numbers(torch.device(args.device)))
-    bench_dreaming(Dream(rnn, torch.zeros(2, 1, args.z_dim), 1.0, 10**9, args.cell), make_controller(args))
+    bench_dreaming(args)
 
 
 # ---- What the steps read of a run ----------------------------------------------------------------
 
 
 def load_models(args):
-    """V and M as they were trained, and C's form."""
+    """V and M with their trained weights, and the controller, which has no weights of its own."""
     vae = common.load_fitted(VAE(args.z_dim), need(args, "vae.safetensors", "train-v")).requires_grad_(False)
     vae.encoder.to(memory_format=torch.channels_last)  # as the frames are: the same z, and a third less time
     path = need(args, "rnn.safetensors", "train-m")
@@ -617,16 +617,8 @@ def make_controller(args):
     return Controller(args.z_dim + args.hidden * (1 + args.cell), args.action_dim, args.bias, args.squash)
 
 
-def make_dream(args, rnn, name):
-    """The dream of the C called `name`, which says the temperature."""
-    tau = float(name.removeprefix("dream_tau")) if name.startswith("dream") else 1.0
+def make_dream(args, rnn, tau=1.0):
     return Dream(rnn, recipes.load_starts(args), tau, args.max_steps, args.cell, args.seed)
-
-
-def load_c(args, name):
-    """C's weights (n,) float32."""
-    path = need(args, f"c_{name}.safetensors", "train-c")
-    return recipes.load_weights(path, make_controller(args).num_params)
 
 
 def make_agents(args):

@@ -7,8 +7,8 @@ The games are not those that `test` plays, so that a temperature may be chosen b
     python -m extras.calibration                                         # of runs/worldmodels_takecover
     python -m extras.calibration --run runs/other --tau 0.5 1 --episodes 200
 
-Writes calibration.json, calibration.md and calibration.png into the folder of the run, with means, standard deviations
-and 95 % intervals of the means.
+Writes calibration.json with all returns, and calibration.md and calibration.png with their means and the 95 % intervals
+of the means, into the folder of the run (of `iterate`: of its last iteration).
 """
 
 import functools
@@ -24,21 +24,14 @@ from lib.worlds import EpisodePool, make_env
 SEED = 555_000_000  # of the first game
 
 
-def find_players(run, controller):
-    """{name: weights of C (n,)} of a run, with the player that never moves. Who moves at random has none."""
-    names = [path.stem.removeprefix("c_") for path in sorted(run.glob("c_*.safetensors"))]
-    found = {name: recipes.load_weights(run / f"c_{name}.safetensors", controller.num_params) for name in names}
-    return {"never moves": np.zeros(controller.num_params, np.float32), "moves at random": None, **found}
-
-
-def game_returns(pool, args, weights, episodes):
+def returns_in_games(pool, args, weights, episodes):
     """What a player earns in `episodes` games, (episodes,)."""
     who = "uniform" if weights is None else weights
     jobs = [dict(who=who, seed=SEED + i, steps=args.max_steps) for i in range(episodes)]
     return [earned for earned, _ in pool.returns(jobs)]
 
 
-def dream_returns(dream, controller, space, weights, episodes):
+def returns_in_dreams(dream, controller, space, weights, episodes):
     """What a player earns in `episodes` dreams, (episodes,)."""
     low, high = (torch.as_tensor(x, device=dream.device) for x in (space.low, space.high))
     act = controller
@@ -52,17 +45,18 @@ def dream_returns(dream, controller, space, weights, episodes):
 def measure(args, taus, episodes):
     """{player: {"game" or the temperature of the dream: returns (episodes,)}} of the run of `args`."""
     _, rnn, controller = wm.load_models(args)
-    rnn = rnn.to(args.device, common.short_numbers(torch.device(args.device)))
-    players, starts = find_players(args.run, controller), recipes.load_starts(args)
+    rnn = rnn.to(args.device, common.short_numbers(args.device))
+    none = np.zeros(controller.num_params, np.float32)
+    players = {"never moves": none, "moves at random": None, **recipes.load_all_c(args)}
     env = make_env(args.env)
     env.close()
     results = {}
     with EpisodePool(args.workers, args.env, 64, wm.make_agents, args) as pool:
         for name, weights in tqdm(players.items(), "calibrate", unit="player"):
-            results[name] = {"game": game_returns(pool, args, weights, episodes)}
+            results[name] = {"game": returns_in_games(pool, args, weights, episodes)}
             for tau in taus:
-                dream = wm.Dream(rnn, starts, tau, args.max_steps, args.cell)
-                results[name][f"{tau:g}"] = dream_returns(dream, controller, env.action_space, weights, episodes)
+                dream = wm.make_dream(args, rnn, tau)
+                results[name][f"{tau:g}"] = returns_in_dreams(dream, controller, env.action_space, weights, episodes)
     return results
 
 

@@ -49,7 +49,7 @@ def encode(model, obs, device, first=0):
 
 def simulated(env, model, before, T, count, rng):
     """`count` trajectories of random actions: observations {name: (count, before + 1 + T, ...)} and the actions between
-    them. Also the observations of a world that is moved a little at step `before`, from then on."""
+    them. The third result are the observations, from step `before` on, of a world that is moved a little there."""
     starts = np.array([env.sample_state(rng) for _ in range(count)])
     shape = (count, before + T, model.frameskip, *env.action_space.shape)
     actions = rng.uniform(env.action_space.low, env.action_space.high, shape).astype(np.float32).reshape(*shape[:2], -1)
@@ -60,7 +60,8 @@ def simulated(env, model, before, T, count, rng):
 
 
 def recorded(dataset, model, before, T, count, rng):
-    """The same of windows of a data set's validation episodes, drawn at random. Nobody can move that world: None."""
+    """The same of windows of a data set's validation episodes, drawn at random. The third result is None,
+    because nobody can move that world."""
     episodes, length = dataset.split()[1], before + 1 + T
     longest = (dataset.episode_ends - dataset.episode_starts)[episodes].max() * dataset.meta["frameskip"]
     if length > longest // model.frameskip:
@@ -119,9 +120,9 @@ def main():
     add = parser.add_argument
     add("--ckpt", nargs="+", help="the runs to compare, ours or released by DINO-WM (default: the newest under runs/)")
     add("--steps", type=common.positive, default=20, help="number of model steps to imagine")
-    add("--seed", type=common.seed_number, nargs="+", default=[99], help="seeds of the trajectories")
-    add("--n-evals", type=common.positive, default=50, help="number of trajectories per seed")
-    add("--shift", choices=SHIFTS, help="let the world appear otherwise than in training")
+    add("--seed", type=common.seed_number, nargs="+", default=[99], help="seeds of the one generator of trajectories")
+    add("--n-evals", type=common.positive, default=50, help="number of trajectories for each seed that is given")
+    add("--shift", choices=SHIFTS, help="let the world look different from how it looked in training")
     data = "data set of a released run's statistics, and of a world that cannot be put into a state "
     add("--data", help=data + "(default: the one trained on)")
     add("--weights", help="pretrained weights for the encoder of a released run, which lacks them; as in train.py")

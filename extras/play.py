@@ -86,7 +86,7 @@ class DreamGame:
         self.params, self.has_c = torch.from_numpy(np.float32(params))[None], bool(there)
         none = f"C cannot play: first run python vae_mdnrnn.py train-c --env {args.env} --out {args.run}"
         self.notes = [KEYS[args.env][1]] + [none] * (not there)
-        self.dream = wm.make_dream(args, rnn, "real")
+        self.dream = wm.make_dream(args, rnn)
         self.agents = wm.Agents(self.vae, rnn, self.controller, args.cell, size=1)
         self.agents.controller = self.act
         self.seed, self.held, self.c_plays, self.begun, self.tab = 0, set(), False, False, "Dream"

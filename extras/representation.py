@@ -9,7 +9,7 @@ after a single plan, in larger mazes, and in a world that looks different from t
     drift         the error of the latent imagined h steps ahead, divided by its variance (extras/horizon.py)
     probe         R^2 of (x, y, vx, vy), read off the tokens of one frame by ridge regression
     distance      rank correlation of the distance between two frames' tokens with that of the balls, up to 2 m
-    train, plan   the seconds of the training loop, without fitting and encoding, and of planning without a shift
+    train, plan   the seconds of the training loop, without fitting and encoding, and of loading and planning, unshifted
 
 Two encoders meet the same problems. Let the first alone solve b of them, and the second alone c. If neither is better,
 b is drawn from Binomial(b + c, 1/2), which gives the p-value of a difference (McNemar, 1947, in its exact form).
@@ -51,7 +51,8 @@ PLANNER = dict(planner="mpc-icem", planner_args="keep=3", baselines="random,orac
 QUICK = dict(env="pointmaze", seeds="0", steps=1000, n_evals=50, curve="none", name="study_quick")
 CURVE = 0.25, 0.5, 1, 2  # the gradient steps of the curve's runs, as shares of --steps
 
-# What a comparison of two encoders is about. Those that the study has are made; and each is compared with the first.
+# The question that each pair of encoders answers. A pair is compared if both are in the study, and so is every encoder
+# with the first.
 QUESTIONS = {
     "pretrained semantics": ("efficientnet/efficientnet@random", "dinov2/dinov2@random", "vjepa2/vjepa2@random"),
     "spatial tokens": ("efficientnet/efficientnet_pool", "vae_map/vae", "dinov2/dino_cls"),
@@ -125,9 +126,10 @@ def linear_probe(tokens, states, rows, ridge=1e-4):
     `rows` is a pair: the rows to learn from, and the rows to measure on."""
     x, x_val, y, truth = (torch.from_numpy(a[r].astype(float)).flatten(1) for a in (tokens, states) for r in rows)
     mean, center = x.mean(0), y.mean(0)
-    gram = (x - mean) @ (x - mean).T
+    x -= mean
+    gram = x @ x.T
     gram.diagonal().add_(ridge * gram.trace())
-    readout = (x - mean).T @ torch.linalg.solve(gram, y - center)
+    readout = x.T @ torch.linalg.solve(gram, y - center)
     error = (x_val - mean) @ readout + center - truth
     return (1 - error.square().mean(0) / truth.var(0, unbiased=False)).tolist()
 

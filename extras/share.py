@@ -32,13 +32,8 @@ PICTURES = "curves.png", "imagined.gif", "reconstructions.png", "dream.gif"
 
 def command(script, flags, default):
     """The command that made a run, with the flags that differ from their defaults."""
-    text = f"python {script}"
-    for name, value in flags.items():
-        if value != default.get(name) and value is not None:
-            value = ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value
-            value = " ".join(map(str, value)) if isinstance(value, list) else value
-            text += f" --{name.replace('_', '-')} {value}"
-    return text
+    own = {name: value for name, value in flags.items() if value != default.get(name) and value is not None}
+    return " ".join([f"python {script}", *(common.flag_text(name, value) for name, value in own.items())])
 
 
 def share_model(run, plans):
@@ -70,9 +65,11 @@ def share_dream(run):
     wm.load_models(args)  # they are whole
     step = "all" if args.run == run else "iterate"
     default = vars(parse_args([step, "--env", args.env], [step], ""))
+    if step == "iterate":
+        flags["iterations"] = int(args.run.name.removeprefix("iteration"))
     made = command(f"vae_mdnrnn.py {step}", {"env": args.env, **flags}, {**default, "env": None})
-    text = f"V, M and C of World Models (Ha & Schmidhuber, 2018, arXiv:1803.10122) for `{args.env}`. V and M were made "
-    text += "by the first of these commands, and so was C, but for flags of its search.\n\n"
+    text = f"V, M and C of World Models (Ha & Schmidhuber, 2018, arXiv:1803.10122) for `{args.env}`. The first command "
+    text += "made them; flags of C's search (--tau, --popsize, --c-steps and so on) are not recorded.\n\n"
     text += f"```bash\n{made}\nhf download REPOSITORY --local-dir {run}\npython -m extras.play --run {run}\n```\n"
     if (args.run / "test.json").exists():
         rows = [["player", "where", "return, mean ± standard deviation", "episodes"]]
@@ -101,7 +98,8 @@ def send(repository, files, private, message):
         hub.create_commit(repository, parts, commit_message=message)
     except Exception as error:  # its type depends on the version of huggingface_hub
         reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{repository} takes nothing ({reason}): log in with hf auth login, or try again") from None
+        cure = "log in with hf auth login, or try again"
+        raise UserError(f"{repository} has not taken the files ({reason}): {cure}") from None
     print(f"{repository} has {len(parts)} files: https://huggingface.co/{repository}")
 
 
@@ -112,7 +110,7 @@ def main():
     add("repository", nargs="?", help="where it goes on the hub, USER/NAME; it is made if it is not there")
     add("--folder", type=Path, help="write the model to this folder, and send nothing")
     add("--half", action="store_true", help="share float16 numbers, which need half the space")
-    add("--plans", type=Path, help="results of plan.py for the card (default: plan_outputs/ and the run's name)")
+    add("--plans", type=Path, help="folder with plan.py's results (default: the run's name under plan_outputs/)")
     add("--private", action="store_true", help="make the repository a private one")
     add("--dry-run", action="store_true", help="show the card and the files, and send nothing")
     args = parser.parse_args()

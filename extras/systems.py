@@ -34,7 +34,7 @@ from lib.systems import SYSTEMS
 from lib.worlds import ENVIRONMENTS
 from predictor import load_model
 
-EYES = "pca", "vae"  # of DINO-WM's transition
+ENCODERS = "pca", "vae"  # of DINO-WM's transition
 PAPER = {"dreamer": "1.00", "iris": ".74", "tdmpc2": ".00", "pca": "(DINOv2: .98)", "vae": "(DINOv2: .98)"}  # table 1
 PLANNING = dict(n_evals=50, max_iter=10, num_samples=100, topk=10, opt_steps=5)  # flags that plan.py gets, and defaults
 KNOWN, AHEAD = 3, 10  # frames of a window that are known, and model steps imagined after them
@@ -51,7 +51,7 @@ def train_args(args, env, name, seed):
     """train.py's arguments for one run, which has the budget that train.py gives it."""
     flags = dict(env=env, seed=seed, name=run_path(args, env, name, seed).relative_to("runs"), device=args.device)
     flags |= {"steps": args.steps} if args.steps else {}
-    kind = ["--encoder", name, "--decoder"] if name in EYES else ["--system", name]
+    kind = ["--encoder", name, "--decoder"] if name in ENCODERS else ["--system", name]
     return train.get_args(kind + [f"--{flag}={value}" for flag, value in flags.items()])
 
 
@@ -188,8 +188,8 @@ def draw_imagination(args, path):
 def get_args():
     parser = common.Parser(description=__doc__.split("\n")[0])
     add, mazes = parser.add_argument, [name for name in ENVIRONMENTS if name.startswith("pointmaze")]
-    names = [*SYSTEMS, *EYES]
-    add("--system", type=common.names(names), default=",".join(names), help="systems, and eyes of DINO-WM's transition")
+    names = [*SYSTEMS, *ENCODERS]
+    add("--system", type=common.names(names), default=",".join(names), help="systems, and encoders for DINO-WM")
     add("--env", type=common.names(mazes), default=",".join(mazes[:2]), help="mazes to compare them in")
     add("--seeds", type=positive, default=3, help="number of training seeds in the first maze; the others have one")
     add("--problems", type=common.seed_number, default=9000, help="seed of the goals, to which a run adds its own")
@@ -213,7 +213,7 @@ def main():
     fixed = {name: getattr(args, name) for name in ("problems", "steps", *PLANNING)}
     common.same_flags(root, fixed)
     for env in args.env:
-        train.open_or_collect(train_args(args, env, EYES[0], 0), env, args.img_size)
+        train.open_or_collect(train_args(args, env, ENCODERS[0], 0), env, args.img_size)
     if RANK == 0:
         common.write_json(root / "args.json", fixed)
     seeds = {env: range(args.seeds if env == args.env[0] else 1) for env in args.env}

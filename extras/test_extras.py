@@ -229,7 +229,7 @@ def test_who_moves_at_random_does_so_in_a_dream():
     dream = mock.Mock(device=torch.device("cpu"), generator=torch.Generator(), keep=lambda rows: None)
     dream.reset = lambda trial: torch.zeros(len(trial), 3)
     dream.step = lambda a: (seen.append(a), torch.zeros(len(a), 3), torch.ones(len(a)), torch.ones(len(a)) > 0)[1:]
-    assert calibration.dream_returns(dream, None, space, None, 50) == [1] * 50
+    assert calibration.returns_in_dreams(dream, None, space, None, 50) == [1] * 50
     actions = torch.cat(seen)
     assert (actions.amin(0) - torch.tensor([-1, 0])).abs().max() < 0.1
     assert (actions.amax(0) - torch.tensor([1, 3])).abs().max() < 0.1

@@ -105,7 +105,7 @@ def test_what_wrong_input_gets(run_folder, script, monkeypatch):
         raise OSError("no route\nto host")
 
     monkeypatch.setattr(hub, "create_repo", refuse)
-    assert_refused(script("extras.share", "runs/tiny", "a/b"), "a/b takes nothing (no route to host)")
+    assert_refused(script("extras.share", "runs/tiny", "a/b"), "a/b has not taken the files (no route to host)")
     monkeypatch.setattr(weights.hub, "try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr(weights.hub, "get_hf_file_metadata", refuse)
     assert_refused(script("plan", "--ckpt", "a/b"), "a/b is not here, and no network reaches it: download config.json")

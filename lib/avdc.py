@@ -35,8 +35,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.common import UserError, to_frames
-from lib.systems import System
+from lib.common import UserError
+from lib.systems import System, each
 
 FRAMES, PAST = 5, 2  # frames that are drawn, and that are known: two show a speed (the paper: 7 and 1)
 SIDE, PATCH = 32, 4  # pixels of a drawn frame, and of those that are folded into one (the paper: 128 and 1)
@@ -93,11 +93,6 @@ class Diffusion(nn.Module):
 
 
 # ---- The networks, for films (B, T, C, h, w) -----------------------------------------------------
-
-
-def each(layer, film):
-    """A layer for pictures, on each frame of a film."""
-    return layer(film.flatten(0, 1)).unflatten(0, film.shape[:2])
 
 
 class VideoConv(nn.Module):
@@ -204,11 +199,10 @@ class AVDC(System):
         visual = self.small(obs["visual"]).flatten(2)[:, :, None]  # (B, T, 1, 3 * SIDE * SIDE)
         return {"visual": visual, "proprio": visual[:, :, 0, :0]}
 
-    def decode(self, visual):
-        """Frames as `encode` returns them -> frames (B, T, H, W, 3) uint8. They show no more than the small ones."""
-        small = visual.unflatten(-1, (3, SIDE, SIDE)).flatten(0, 2) / CONTRAST + self.background
-        images = F.interpolate((small.clamp(-1, 1) + 1) / 2, (self.img_size, self.img_size))
-        return to_frames(images).reshape(*visual.shape[:2], self.img_size, self.img_size, 3)
+    def paint(self, latents):
+        """The images show no more than the small ones that `encode` returns."""
+        small = latents.unflatten(-1, (3, SIDE, SIDE)).flatten(0, 1) / CONTRAST + self.background
+        return F.interpolate((small + 1) / 2, (self.img_size, self.img_size))
 
     def network(self, x, t, known):
         """v^ of films x (B, FRAMES, 3, SIDE, SIDE), given the last frames and the goal, `known` (B, PAST + 1, ...)."""

@@ -146,15 +146,16 @@ def available_device(text):
 
 def has_bfloat16(device):
     """Whether a device computes with bfloat16 numbers, and does not only imitate it."""
-    if device.startswith("cuda"):
+    kind = torch.device(device).type
+    if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     known = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch do not tell
-    return device == "cpu" and any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return kind == "cpu" and any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
 def short_numbers(device):
     """The dtype bfloat16 if a device computes with it, and float32 if not."""
-    return torch.bfloat16 if has_bfloat16(device.type) else torch.float32
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32
 
 
 def default_device():
@@ -172,13 +173,20 @@ def output_folder(root, name):
     return path
 
 
+def flag_text(name, value):
+    """A flag as it is typed."""
+    value = ",".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else value
+    value = " ".join(map(str, value)) if isinstance(value, list) else value
+    return f"--{name.replace('_', '-')} {value}"
+
+
 def same_flags(directory, flags):
     """A run goes on with the flags that it was begun with. UserError names those that differ from its args.json."""
     path, now = Path(directory) / "args.json", json.loads(json.dumps(flags))
     before = read_json(path) if path.exists() else now
     if different := sorted(name for name in now.keys() | before.keys() if before.get(name) != now.get(name)):
-        values = [(name.replace("_", "-"), before.get(name)) for name in different]
-        was = ", ".join(f"--{name} {'by default' if value is None else value}" for name, value in values)
+        values = {name: "by default" if before.get(name) is None else before[name] for name in different}
+        was = ", ".join(flag_text(name, value) for name, value in values.items())
         cure = "give these, remove it, or choose another folder"
         raise UserError(f"{directory} was begun with other flags ({was}): {cure}")
 
@@ -359,7 +367,7 @@ def to_frames(images):
 
 def bfloat16(device, wanted=True):
     """A context in which torch computes with bfloat16 numbers, if that is wanted and the device does not imitate it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=wanted and has_bfloat16(device.type))
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=wanted and has_bfloat16(device))
 
 
 def fit(model, loss, steps, lr, seed, name, path=None, clip=None, report=None):

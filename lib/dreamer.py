@@ -1,14 +1,14 @@
 """DreamerV3's world model: a recurrent state-space model with discrete latents, trained to reconstruct what it sees.
 
 DreamerV3 (Hafner et al., 2023, arXiv:2301.04104), section "World model learning", and github.com/NM512/dreamerv3-torch,
-with whose steps and KL loss this agrees. Without reward, value and actor, because nobody gives a reward here:
+with whose steps and KL loss this agrees. It has no reward, value or actor, because nobody gives a reward here:
 
     h_t = GRU(h_{t-1}, [z_{t-1}, a_{t-1}])                deterministic
     z_t ~ q(z_t | h_t, enc(o_t))                          posterior: groups of one-hot variables
     z^_t ~ p(z_t | h_t)                                   prior: what imagination draws
     o^_t = dec(h_t, z_t)
 
-    L = sum_t ||o^_t - o_t||^2 + 0.5 max(1, KL(sg(q) || p)) + 0.1 max(1, KL(q || sg(p)))
+    L = mean_t ||o^_t - o_t||^2 + 0.5 max(1, KL(sg(q) || p)) + 0.1 max(1, KL(q || sg(p)))
 
 All probabilities are mixed with 1 % of uniform ones. A draw is straight-through: forward it is one-hot, backward it has
 the gradient of its probabilities. (Vectors would be reconstructed as symlog(x); the systems here see images alone.)
@@ -39,8 +39,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.common import UserError, to_frames
-from lib.systems import System
+from lib.common import UserError
+from lib.systems import System, each
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -162,10 +162,6 @@ class Dreamer(System):
             self.background.copy_(images.mean((0, 1)))
         return images - self.background
 
-    def each(self, network, x):
-        """Applies a network to every frame of x (B, T, ...)."""
-        return network(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-
     def filter(self, e, actions):
         """Goes through embeddings e (B, T, E) of frames and the actions between them, (B, T - 1, A), from the initial
         state on. Returns h, z and the log-probabilities of prior and posterior, each (B, T, ...)."""
@@ -179,7 +175,7 @@ class Dreamer(System):
         return [torch.stack(x, 1) for x in zip(*steps, strict=True)]
 
     def encode(self, obs):
-        e = self.each(self.encoder, self.images(obs["visual"]))
+        e = each(self.encoder, self.images(obs["visual"]))
         h, z, *_ = self.filter(e.flatten(0, 1)[:, None], e.new_zeros(e.shape[0] * e.shape[1], 0, self.action_dim))
         return self.latents(h.view(*e.shape[:2], -1), z.view(*e.shape[:2], -1), e)
 
@@ -197,21 +193,19 @@ class Dreamer(System):
             z.append(self.rssm.draw(prior, sample=False))  # the most likely, so that a plan always costs the same
         return self.latents(torch.stack(h, 1), torch.stack(z, 1), F.pad(e, (0, 0, 0, len(h) - known)))
 
-    def decode(self, visual):
-        images = self.each(self.decoder, visual[:, :, 0, : self.state_dim]) + self.background
-        frames = to_frames(images.flatten(0, 1).clamp(0, 1))
-        return frames.reshape(*visual.shape[:2], *frames.shape[1:])
+    def paint(self, latents):
+        return self.decoder(latents[:, 0, : self.state_dim]) + self.background
 
     def criterion(self, z, target, reduction="mean"):
         """The squared error of embeddings: of what z (B, T, 1, ...) is decoded to, and of the frame of `target`."""
-        imagined = self.each(self.encoder, self.each(self.decoder, z[:, :, 0, : self.state_dim]))
+        imagined = each(self.encoder, each(self.decoder, z[:, :, 0, : self.state_dim]))
         return F.mse_loss(imagined, target[:, :, 0, self.state_dim :], reduction=reduction)
 
     def loss(self, batch, *_):
         images = self.images(batch["visual"])
-        e = self.each(self.encoder, images)
+        e = each(self.encoder, images)
         h, z, prior, posterior = self.filter(e, batch["action"][:, :-1])
-        recon = (self.each(self.decoder, torch.cat([h, z], -1)) - images).square().sum((-3, -2, -1))  # (B, T)
+        recon = (each(self.decoder, torch.cat([h, z], -1)) - images).square().sum((-3, -2, -1))  # (B, T)
         regulariser, divergence = kl_loss(posterior, prior)
         parts = {"recon": recon.mean().detach(), "kl": divergence.mean()}
         if not self.training:  # one step ahead, as a plan costs it

@@ -19,7 +19,8 @@ Deviations:
   how a frame differs from the background b, the mean of the first batch; an error weighs 1 + |x - b| / mean |x - b|.
 - There is no LPIPS, because VGG-16's weights are not at hand. E first folds 4 x 4 pixels into one, which saves the two
   most expensive of five levels, and learns from the first and the last frame of each window.
-- The release trains the autoencoder for 20 epochs, and then both. Here it rests then, and a step takes half the time.
+- The release trains the autoencoder alone for 20 epochs, and then both. Here the autoencoder no longer learns once the
+  GPT does, so a step takes half the time.
 - Actions are numbers here, and enter by a linear layer. No dropout, since no training is long enough to overfit.
 
     python train.py --system iris && python plan.py
@@ -29,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.common import UserError, to_frames, to_tensor
+from lib.common import UserError, to_tensor
 from lib.systems import System
 
 # ---- The autoencoder -----------------------------------------------------------------------------
@@ -166,7 +167,8 @@ class IRIS(System):
     codes=512,dim=512,channels=64,width=256,depth=10, windows of 20 frames, lr 1e-4, 64 windows or 256 frames a step."""
 
     name, num_frames, batch_size, steps, lr = "iris", 7, 8, 9000, 2e-3
-    history, context, used = 2, 2, 1.0  # two frames show a speed; the share of the codes in the last batch
+    history, context = 2, 2  # two frames show a speed
+    used = 1.0  # the share of the codes that the last batch has used
     sizes = dict(codes=128, dim=32, channels=16, width=64, depth=3, heads=4, first=1000)
 
     def build(self, img_size, codes, dim, channels, width, depth, heads, first):
@@ -244,7 +246,5 @@ class IRIS(System):
             print(f"{directory}: {self.used:.0%} of the codes are in use, the codebook has died: try another --seed")
         super().save_pretrained(directory)
 
-    def decode(self, visual):
-        """Codes (B, T, K, d) -> frames (B, T, H, W, 3) uint8."""
-        images = (self.autoencoder.decode(visual.flatten(0, 1)).clamp(-1, 1) + 1) / 2
-        return to_frames(images).reshape(*visual.shape[:2], *images.shape[2:], 3)
+    def paint(self, codes):
+        return (self.autoencoder.decode(codes) + 1) / 2

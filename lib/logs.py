@@ -1,4 +1,4 @@
-"""Numbers of a training that goes on, sent to where people look at them: TensorBoard or Weights & Biases (`--log`)."""
+"""Sends the numbers of a training to TensorBoard or Weights & Biases while it goes on (`--log`)."""
 
 from lib.common import RANK, UserError
 
@@ -27,7 +27,7 @@ def open_log(kind, folder, flags):
 
     else:
         names = dict(project="world-models", name=str(folder), id=str(folder).replace("/", "-"))
-        run = wandb.init(**names, dir=folder, config=flags, resume="allow")
+        run = wandb.init(**names, dir=folder, config=flags, resume="allow", reinit="finish_previous")
 
         def report(name, step, values):
             run.define_metric(f"{name}/*", step_metric=f"{name}/step")  # V, M and C count steps of their own

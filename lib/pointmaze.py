@@ -1,12 +1,13 @@
 """PointMaze: a ball that a force pushes through a maze, as DINO-WM plans it.
 
 The maze is Gymnasium-Robotics', with its MuJoCo model and physics, seen from straight above. One environment step is
-five physics steps of 0.01 s, before which the speed is clipped to +-5 m/s, as in D4RL's maze2d (Fu et al., 2020,
-arXiv:2004.07219), on which DINO-WM (Zhou et al., 2024, arXiv:2411.04983) plans. DINO-WM's own world, as its data were
-rendered, is PointMazeD4RL.
+five physics steps of 0.01 s, before which both components of the velocity are clipped to +-5 m/s, as in D4RL's maze2d
+(Fu et al., 2020, arXiv:2004.07219), on which DINO-WM (Zhou et al., 2024, arXiv:2411.04983) plans. DINO-WM's own world,
+as its data were rendered, is PointMazeD4RL.
 """
 
 import contextlib
+import functools
 import io
 import math
 import os
@@ -118,17 +119,21 @@ class PointMaze(gym.Env):
         reward = float(np.exp(-np.linalg.norm(self.data.qpos - self.goal)))
         return (self.observe() if render else None), reward, False, False, {}
 
+    @functools.cached_property
+    def datas(self):
+        """MuJoCo's working memory for each thread of `simulate`."""
+        return [self.mujoco.MjData(self.model) for _ in range(os.cpu_count())]
+
     def simulate(self, states, actions):
         """Physics alone, for B balls at once in threads: states (B, 4), actions (B, T, 2) -> final states (B, 4)."""
         from mujoco import rollout
 
-        datas = [self.mujoco.MjData(self.model) for _ in range(os.cpu_count())]  # one for each thread
         full = np.zeros((len(states), 1 + states.shape[1]))  # MuJoCo's full state: time, qpos, qvel
         full[:, 1:] = states
         for t in range(actions.shape[1]):
             full[:, 3:] = full[:, 3:].clip(-self.MAX_SPEED, self.MAX_SPEED)
             control = np.broadcast_to(actions[:, t, None].clip(-1, 1), (len(states), self.PHYSICS_STEPS, 2))
-            full = rollout.rollout(self.model, datas, full, control, persistent_pool=True)[0][:, -1]
+            full = rollout.rollout(self.model, self.datas, full, control, persistent_pool=True)[0][:, -1]
         return full[:, 1:]
 
     def observe(self):

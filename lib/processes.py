@@ -66,7 +66,7 @@ class Workers(ProcessPoolExecutor):
 
 
 def _begin_worker(initializer, initargs):
-    """Makes a worker end with its parent, without which it would wait for work for ever, and then prepares it."""
+    """Makes a worker end when its parent does, because otherwise it would wait for work for ever. Then prepares it."""
     parent, wait = multiprocessing.parent_process().sentinel, multiprocessing.connection.wait
     threading.Thread(target=lambda: (wait([parent]), os._exit(1)), daemon=True).start()
     if initializer:

@@ -1,4 +1,4 @@
-"""World Models' recipes and flags, what vae_mdnrnn.py does if it is not asked otherwise, and the files of its runs."""
+"""The flags of vae_mdnrnn.py, the recipe of each world (what holds where no flag is given), and the files of a run."""
 
 import argparse
 from pathlib import Path
@@ -12,8 +12,9 @@ from lib.logs import LOGS, open_log
 from lib.worlds import ENVIRONMENTS
 
 # The paper's sizes (appendix A), with budgets for two CPU cores: with all iterations some two hours for takecover and
-# four for carracing. Those of pointmaze are not tuned. A list has a budget for each iteration of `iterate`: the first
-# is for a run without iterations, too, and the last for all that follow.
+# four for carracing. Those of pointmaze are not tuned. `episodes`, `v_steps`, `m_steps` and `c_steps` have a budget for
+# each iteration of `iterate`: the first is for a run without iterations, too, and the last for all that follow.
+# `trials` is the first and the largest number of trials.
 # Unlike the paper's M of CarRacing ours predicts the reward, which the dream needs. `restart` tells M when an episode
 # begins, `cell` shows C the cell state, and `squash` turns C's outputs into actions. `patience` also ends the random
 # episodes early, so that fewer frames show nothing but grass.
@@ -44,7 +45,8 @@ def parse_args(argv, steps, description):
     add = parser.add_argument
     add("step", choices=steps, metavar="step", help=", ".join(steps))
     add("--env", default="takecover", choices=RECIPES, help="the world; its recipe has the defaults of most flags")
-    add("--out", dest="run", type=Path, metavar="OUT", help="the run's folder (default: runs/worldmodels_ENV)")
+    add("--out", dest="run", type=Path, metavar="OUT", help="the run's folder (default: runs/worldmodels_ENV, "
+        "and of iterate runs/worldmodels_ENV_iterate)")  # fmt: skip
     add("--seed", type=common.seed_number, default=0, help="the same seed gives the same run")
     device = "where V and M are trained, and where train-c dreams"
     add("--device", type=common.available_device, default=common.default_device(), help=device)
@@ -75,8 +77,8 @@ def parse_args(argv, steps, description):
     add("--log", choices=LOGS, help="also send losses and returns to this service")
     add("--iterations", type=positive, help="rounds of `iterate`")
     given = parser.parse_args(argv)
-    default = dict(run=Path(f"runs/worldmodels_{given.env}"), n_mix=5, mixture="dimension")
-    default |= dict(previous=None, test_env=None, log=None)
+    run = Path("runs", f"worldmodels_{given.env}" + "_iterate" * (given.step == "iterate"))
+    default = dict(run=run, n_mix=5, mixture="dimension", previous=None, test_env=None, log=None)
     args = argparse.Namespace(**default | RECIPES[given.env] | vars(given) | given.sizes)
     args.sizes = ",".join(f"{name}={getattr(args, name)}" for name in SIZES)
     if len(args.trials) > 2 or args.trials[0] > args.trials[-1]:
@@ -91,7 +93,7 @@ def parse_args(argv, steps, description):
     if WORLD_SIZE > 1 and args.step != "train-c":
         raise UserError(f"the step {args.step} is for one process: torchrun shares train-c alone")
     if len({f"{tau:g}" for tau in args.tau}) < len(args.tau):
-        raise UserError("a temperature stands twice in --tau")
+        raise UserError("--tau names the same temperature twice")
     return args
 
 
@@ -123,12 +125,13 @@ def open_report(args):
 
 
 def open_run(run, steps):
-    """The flags with which a run was begun, as `parse_args` returns them. Of `iterate` it is the last iteration."""
+    """The flags with which a run was begun, as `parse_args` returns them. For a run of `iterate` they are the flags of
+    its last iteration that has a C."""
     run = Path(run)
     whole = [path for path in run.glob("iteration*[0-9]") if any(path.glob("c_*.safetensors"))]
     last = max(whole, key=lambda path: int(path.name.removeprefix("iteration")), default=run)
     flags = common.read_json(last / "args.json") if (last / "args.json").exists() else {}
-    if not {*RUN_FLAGS} <= flags.keys() or isinstance(flags["episodes"], list):  # of `iterate`, and none is whole
+    if not {*RUN_FLAGS} <= flags.keys() or isinstance(flags["episodes"], list):  # lists are `iterate`'s
         raise UserError(f"no run of World Models at {run}: make one with python vae_mdnrnn.py all --env takecover")
     given = [f"--{name.replace('_', '-')}={flags[name]}" for name in RUN_FLAGS]
     return parse_args(["test", f"--out={last}", *given], steps, __doc__)
@@ -137,6 +140,11 @@ def open_run(run, steps):
 def c_names(args):
     """The names of what train-c makes: one C for each temperature of the dream, or one for the real environment."""
     return [f"dream_tau{tau:g}" for tau in args.tau] if args.where == "dream" else ["real"]
+
+
+def temperature(name):
+    """The temperature of the dream in which the C called `name` has learned, or 1 if that was the real environment."""
+    return float(name.removeprefix("dream_tau")) if name.startswith("dream") else 1.0
 
 
 def load_data(args):
@@ -149,8 +157,8 @@ def load_data(args):
 
 
 def load_starts(args):
-    """mu and logvar of the episodes' first frames, (2, E, z_dim), at which dreams begin. What extras.share wrote
-    has these in starts.npy, and no data."""
+    """mu and logvar of the episodes' first frames, (2, E, z_dim), at which dreams begin. A run that extras.share wrote
+    has no data, and keeps them in starts.npy."""
     path = args.run / "starts.npy"
     if not path.exists():
         dataset, latents = load_data(args)
@@ -161,12 +169,20 @@ def load_starts(args):
     return starts
 
 
-def load_weights(path, size):
-    """The `size` weights of a C, (size,) float32."""
+def load_c(args, name):
+    """The weights (n,) float32 of the C called `name`."""
+    path = need(args, f"c_{name}.safetensors", "train-c")
+    size = args.action_dim * (args.z_dim + args.hidden * (1 + args.cell) + args.bias)
     params = common.load_safetensors(path).get("params")
     if params is None or params.shape != (size,) or not params.isfinite().all():
         raise UserError(f"{path} does not hold the {size} weights of C: remove it, and give train-c again")
     return params.float().numpy()
+
+
+def load_all_c(args):
+    """{name: weights (n,)} of every C that train-c has made in this run."""
+    names = [path.stem.removeprefix("c_") for path in sorted(args.run.glob("c_*.safetensors"))]
+    return {name: load_c(args, name) for name in names}
 
 
 def load_search(path, size, begun):

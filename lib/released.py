@@ -159,7 +159,7 @@ def state_dict(shell):
 
 # ---- The run -------------------------------------------------------------------------------------
 
-# The values that we can read of these settings; for the encoder, with the names that they have here
+# The values of these settings that can be read here. Those of the encoder come with our names for them.
 KNOWN = {"env.name": ["point_maze"], "encoder._target_": ["models.dino.DinoV2Encoder"], "num_pred": ["1"]}
 KNOWN["encoder.feature_key"] = {"x_norm_patchtokens": "dinov2", "x_norm_clstoken": "dino_cls"}
 KNOWN["encoder.name"] = {"dinov2_vits14": "small", "dinov2_vitb14": "base", "dinov2_vitl14": "large"}

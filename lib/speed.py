@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 
+import vae_mdnrnn as wm
 from encoders import build_encoder
 from lib import common, processes
 from predictor import LAPTOP, PAPER, WorldModel
@@ -56,7 +57,7 @@ def bench_planning(size, device):
         with common.bfloat16(device, dtype == "bfloat16"):
             return model.rollout(model.encode(obs), actions)["visual"].sum().item()  # waits for the device
 
-    dtypes = ("float32", "bfloat16") if common.has_bfloat16(device.type) else ("float32",)
+    dtypes = ("float32", "bfloat16") if common.has_bfloat16(device) else ("float32",)
     kinds = [(how, dtype) for dtype in dtypes for how in ("plain", "cached")]
     rates = processes.per_second({kind: partial(imagine, *kind) for kind in kinds}, seconds=10)
     print(
@@ -67,9 +68,12 @@ def bench_planning(size, device):
         print(f"  {' '.join(kind):16} {5 * candidates * rate:9.3g} candidate-steps/s, {ratio:.2f} x")
 
 
-def bench_dreaming(dream, controller):
+def bench_dreaming(args):
     """Measures how many steps a second untrained M and C make in dreams, of which 1, 64 and 1,024 run at once."""
-    rates = []
+    rnn = wm.make_rnn(args, args.heads).eval().requires_grad_(False)
+    rnn = rnn.to(args.device, common.short_numbers(args.device))
+    dream = wm.Dream(rnn, torch.zeros(2, 1, args.z_dim), 1.0, 10**9, args.cell)
+    controller, rates = wm.make_controller(args), []
     for batch in (1, 64, 1024):
         params = torch.randn(batch, controller.num_params, device=dream.device)
         features = dream.reset(torch.arange(batch))

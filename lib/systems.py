@@ -1,4 +1,4 @@
-"""World models that bring their own eyes, trained together with the dynamics: what all of them share.
+"""World models that bring their own encoder, trained together with the dynamics: what all of them share.
 
 They stand beside `predictor.WorldModel`, whose encoder is frozen, and have the same methods. `train.py --system NAME`
 trains one, and `plan.py --ckpt` plans with it without knowing which it is. To add one, write a subclass of `System`,
@@ -10,10 +10,10 @@ give it a line in SYSTEMS and its sizes a place in SYSTEM_SIZES. It needs
                                                           log.csv shows; "visual" is the error of one step ahead, and
                                                           T = num_frames (what else train.py gives is ignored)
     rollout(z0, actions (B, T, A)) -> the latents of T + 1 frames, the first of which are known: z0, from `encode`
-    decode(visual (B, T, N, d)) -> frames (B, T, H, W, 3) uint8, in NumPy              if it has a `decoder`
+    paint(latents (n, N, d)) -> images (n, 3, H, W) in [0, 1]                          if it has a `decoder`
 
 Actions are in the world's units, all the frameskip * DoF numbers of a model step. `criterion(z, target, reduction)` is
-what a plan costs, and takes what F.mse_loss takes. A system that does not search for its plans has one method more,
+what a plan costs, and takes what F.mse_loss takes. A system that does not search for its plans needs no `rollout`, but
 
     plan(worlds, problems (B,), steps) -> actions (B, steps, A), in standard deviations of the data's
 
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.common import WORLD_SIZE, UserError, number
+from lib.common import WORLD_SIZE, UserError, number, to_frames
 from predictor import WorldModel
 
 # name: the class, imported when it is wanted
@@ -53,7 +53,7 @@ def system_args(args, parser):
     given = [f"--{n.replace('_', '-')}" for n in FOREIGN.split() if getattr(args, n) != parser.get_default(n)]
     unknown = args.sizes.keys() - system.sizes.keys()
     for what, wrong in {
-        f"has no {', '.join(given)}: its eyes and its dynamics are its own": given,
+        f"has no {', '.join(given)}: its encoder and its dynamics are its own": given,
         f"has no size {', '.join(unknown)}; it has {', '.join(system.sizes)}": unknown,
         "trains in one process: start it without torchrun": WORLD_SIZE > 1,
     }.items():
@@ -62,6 +62,11 @@ def system_args(args, parser):
     args.batch_size, args.lr = args.batch_size or system.batch_size, args.lr or system.lr
     args.steps = args.steps or (None if args.epochs else system.steps)
     return args
+
+
+def each(network, x):
+    """Applies a network to every frame of x (B, T, ...)."""
+    return network(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 class System(nn.Module):
@@ -91,5 +96,10 @@ class System(nn.Module):
         """What a step of training lowers, and what the log says of it."""
         loss, _ = self.loss(batch)
         return loss, loss.detach()
+
+    def decode(self, visual):
+        """Latents (B, T, N, d) -> frames (B, T, H, W, 3) uint8."""
+        frames = to_frames(self.paint(visual.flatten(0, 1)).clamp(0, 1))
+        return frames.reshape(*visual.shape[:2], *frames.shape[1:])
 
     save_pretrained = WorldModel.save_pretrained

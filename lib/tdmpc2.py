@@ -1,4 +1,4 @@
-"""TD-MPC2's latent dynamics, which collapse without a reward, and LeWorldModel, which one term keeps from it.
+"""TD-MPC2's latent dynamics, which collapse without a reward, and LeWorldModel, where one term prevents that.
 
 `tdmpc2`, TD-MPC2 (Hansen, Su & Wang, 2024, arXiv:2310.16828), section 3.1, without the reward, the value and the
 policy, since nobody gives a reward here. h is the encoder, d the dynamics; both end in SimNorm, a softmax over every
@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.common import UserError, to_frames
+from lib.common import UserError
 from lib.dreamer import conv_decoder
 from lib.systems import System
 
@@ -119,7 +119,7 @@ class TDMPC2(System):
             imagined = self.imagine(z[:, :known], batch["action"][:, : known + K - 1])
             errors = (imagined[:, known:] - target[:, known : known + K]).square().mean((0, 2))  # (K,)
             loss = loss + self.weight * (discount * errors).mean() / H
-        images = self.paint(z[: self.painted, -1].detach())
+        images = self.paint(z[: self.painted, -1:].detach())
         painting = F.mse_loss(images, batch["visual"][: self.painted, -1].movedim(-1, -3) / 255)
         parts = {"visual": errors[0], "variance": z.flatten(0, 1).var(0).mean(), "recon": painting}
         loss, parts = self.regularise(loss, z, parts)
@@ -131,12 +131,8 @@ class TDMPC2(System):
     def regularise(self, loss, z, parts):
         return loss, parts
 
-    def paint(self, z):
-        return self.decoder(z) + 0.5
-
-    def decode(self, visual):
-        frames = to_frames(self.paint(visual.flatten(0, 2)).clamp(0, 1))
-        return frames.reshape(*visual.shape[:2], *frames.shape[1:])
+    def paint(self, latents):
+        return self.decoder(latents[:, 0]) + 0.5
 
 
 class LeWM(TDMPC2):

@@ -15,6 +15,7 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 import data
+import plan
 import vae_mdnrnn as wm
 from extras import horizon
 from lib import pictures, worlds
@@ -336,3 +337,5 @@ def test_a_world_of_ones_own_begins_in_a_random_state_and_shows_as_much_of_it_as
     ramp = Ramp(8, [-1], [1], proprio_dim=2)
     seen = [ramp.reset(seed=seed)[0]["proprio"] for seed in (1, 2, 1)]
     assert seen[0].tolist() == seen[2].tolist() == np.float32(ramp.state[:2]).tolist() != seen[1].tolist()
+    planned = plan.Worlds(ramp, np.ones((2, 3)), np.zeros((2, 3)))  # a world model sees all of it, as in training
+    assert planned.past["proprio"].tolist() == np.ones((2, 1, 3)).tolist()

@@ -1,4 +1,4 @@
-"""The systems that bring their own eyes: agreement with their references, and that each trains and plans.
+"""The systems that bring their own encoder: agreement with their references, and that each trains and plans.
 
 test_systems.json holds numbers that the reference implementations gave, once (NM512/dreamerv3-torch at 6ef8646,
 nicklashansen/tdmpc2 at e9f5932, galilai-group/stable-worldmodel at addbab4). Weights and inputs follow from `pattern`.

@@ -129,7 +129,8 @@ class Route:
         return len(known), int((~known).sum())
 
     def draw(self, path):
-        """Draws the filmed problems from above. Only this picture knows the true positions of the nodes."""
+        """Draws the filmed problems from above. Like the true simulator, and unlike the model, the picture knows
+        where the nodes really are."""
         problems, now, aims, _ = map(np.concatenate, zip(*self.log, strict=True))
         env, xy, panels = self.worlds.env, self.graph.states[:, :2], []
         for i, track in enumerate(self.worlds.tracks):

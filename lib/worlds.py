@@ -22,7 +22,8 @@ from lib.processes import Workers
 
 class Screen(gym.Env):
     """A world that is known by its frames: the upper `ROWS` rows of its `screen`, scaled down. `begin` says how an
-    episode begins, and `act` what an action does. The first `proprio_dim` numbers of its `state` are seen, too."""
+    episode begins, and `act` what an action does. The first `proprio_dim` numbers of its `state` are seen, too;
+    a world model sees the whole state."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
     render_mode = "rgb_array"
@@ -142,15 +143,17 @@ class TakeCover(Screen):
 
 
 class DreamEnv(gym.Env):
-    """One dream of vae_mdnrnn.py: `proprio` is what C sees, [z h], and `render()` is what V imagines."""
+    """One dream of vae_mdnrnn.py: `proprio` is what C sees, [z h], and `render()` is what V imagines. Actions lie
+    between `low`, which is [-1, 0, 0] in dreams of CarRacing, and 1."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
     render_mode = "rgb_array"
 
-    def __init__(self, dream, vae):
+    def __init__(self, dream, vae, low=-1):
         self.dream, self.vae, self.state = dream, vae, dream.reset(torch.arange(1))[0].cpu().numpy()
         self.observation_space = observation_space(64, len(self.state))
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (dream.rnn.action_dim,), np.float32)
+        low = np.full(dream.rnn.action_dim, low, np.float32)
+        self.action_space = gym.spaces.Box(low, np.ones_like(low))
 
     def observe(self):
         return {"visual": self.render(), "proprio": self.state}
