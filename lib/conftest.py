@@ -1,1 +1,1 @@
-from test_all import frames, one_process, script, seeded  # noqa: F401  (the same fixtures)
+from test_all import dataset, frames, one_process, script, seeded, workplace  # noqa: F401  (the same fixtures)
