@@ -965,22 +965,12 @@ WRONG = [
     ("test", C, [Path.unlink], "first run python vae_mdnrnn.py train-c --env pointmaze"),
     ("train-v", V, [no_number], "vae.safetensors is damaged: encoder.0.weight holds numbers that are not finite"),
     ("train-c", M, [no_number], "rnn.safetensors is damaged: lstm.weight_ih_l0 holds numbers that are not finite"),
-    (
-        "train-c",
-        FITNESS,
-        [no_search, lambda path: torch.save({}, path)],
-        "does not hold the search of a C of 26 weights",
-    ),
+    ("train-c", FITNESS, [no_search, lambda path: torch.save({}, path)], "not hold the search of a C of 26 weights"),
     ("train-c", FITNESS, [copy_of(M)], "c_dream_tau1.pt is damaged, or does not hold a dict"),
     ("test", C, [no_number, copy_of(M)], "does not hold the 26 weights of C"),
     ("train-c", M, [cut, copy_of(Z), copy_of(FITNESS)], "rnn.safetensors is damaged, or is not a safetensors file"),
     ("train-c", V, [copy_of(M)], "vae.safetensors does not fit the model"),
-    (
-        "train-c",
-        M,
-        [lambda path: save_file(wm.MDNRNN(4, 3, 8).state_dict(), path)],
-        "rnn.safetensors does not fit the model",
-    ),
+    ("train-c", M, [lambda path: save_file(wm.MDNRNN(4, 3, 8).state_dict(), path)], "rnn.safetensors does not fit"),
     ("train-m", "rnn.unfinished.pt", [copy_of(M)], "rnn.unfinished.pt"),
     ("train-m", Z, [cut], "latents.npy is damaged"),
     ("train-m", Z, [nans(2, 48, 5), nans(2, 48, 4)], "latents.npy does not fit"),
@@ -1215,9 +1205,8 @@ def test_resnets_and_r3m(tmp_path):
         if isinstance(module, nn.BatchNorm2d):
             module.running_var.uniform_(0.5, 2)
     state = net.state_dict()
-    torch.save(
-        {k: v for k, v in state.items() if "tracked" not in k}, tmp_path / "resnet18.pth"
-    )  # as torchvision's own
+    of_torchvision = {k: v for k, v in state.items() if "tracked" not in k}
+    torch.save(of_torchvision, tmp_path / "resnet18.pth")
     save_file(state, tmp_path / "model.safetensors")
     r3m = {f"module.convnet.{k}": v for k, v in state.items() if not k.startswith("fc.")}
     r3m["module.lang_rew.pred.0.weight"] = torch.ones(2, 2)
@@ -1653,11 +1642,8 @@ def test_decoders_paint_frames_of_every_size_and_teach_only_themselves():
     small = dict(channel=8, n_res_block=1, n_res_channel=4)
     one, many = dict(depth=2), small | dict(quantize=True, n_embed=5)
     for N, img_size, pixels, sizes in ((1, 64, 81, one), (1, 20, 27, one), (4, 32, 32, small), (9, 40, 48, many)):
-        decoder, z, side = (
-            decoders.build_decoder(N, 6, img_size=img_size, **sizes),
-            torch.randn(2, 3, N, 6),
-            math.isqrt(N),
-        )
+        decoder, side = decoders.build_decoder(N, 6, img_size=img_size, **sizes), math.isqrt(N)
+        z = torch.randn(2, 3, N, 6)
         images, distance = decoder(z)
         assert images.shape == (2, 3, 3, img_size, img_size) and (distance > 0) == (sizes is many)
         raw = decoder.network(z[0, 0]) if N == 1 else decoder.dec(decoder.upsample_b(torch.zeros(1, 6, side, side)))
@@ -1896,11 +1882,8 @@ def test_each_transition_plans_and_a_decoder_shows_what_it_imagines(runs, run, n
 
 
 def test_the_papers_variant_trains_and_plans_with_its_defaults(runs, run):
-    for flags, size in {
-        "--variant paper --encoder dinov2": 224,
-        "--encoder dinov2": None,
-        "--variant paper": None,
-    }.items():
+    sizes = {"--variant paper --encoder dinov2": 224, "--encoder dinov2": None, "--variant paper": None}
+    for flags, size in sizes.items():
         assert train.encoder_img_size(train.get_args(flags.split())) == size
     command = f"plan --ckpt runs/pointmaze_pca_paper --n-evals 2 {SEARCH} --goal-H 3"
     run(command)
@@ -1924,12 +1907,8 @@ def test_every_planner_plans_and_all_stand_in_one_table(runs, run):
 
 
 def test_gradient_descent_comes_closer_to_the_goal_in_imagination(runs):
-    model, env, device, costs = (
-        predictor.WorldModel.from_pretrained("runs/plain"),
-        make_env("pointmaze"),
-        torch.device("cpu"),
-        {},
-    )
+    model, env = predictor.WorldModel.from_pretrained("runs/plain"), make_env("pointmaze")
+    device, costs = torch.device("cpu"), {}
     for kind, steps in (("randn", 1), ("randn", 40), ("zero", 40)):
         flags = f"--planner gd --opt-steps {steps} --planner-args lr=30,sample_type={kind} --n-evals 4"
         args = plan.settle(plan.get_args(flags.split()), "gd", model)
