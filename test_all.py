@@ -104,9 +104,11 @@ def one_process(monkeypatch):
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory):
-    """Thirty short episodes of PointMaze."""
-    path = tmp_path_factory.mktemp("data") / "pointmaze"
-    return data.collect(path, "pointmaze", episodes=30, steps=6, frameskip=5, img_size=64, seed=3, workers=2)
+    """Thirty short episodes of PointMaze, which the tests of lib and extras use, too."""
+    path = tmp_path_factory.getbasetemp() / "pointmaze"
+    if not path.exists():
+        data.collect(path, "pointmaze", episodes=30, steps=6, frameskip=5, img_size=64, seed=3, workers=2)
+    return data.Dataset(path)
 
 
 @pytest.fixture
