@@ -363,7 +363,7 @@ def test_takecover_moves_left_and_right():
     assert all(np.abs(a - b).sum() > 50 for a, b in itertools.combinations(walls, 2))
 
 
-def test_random_policies():
+def test_random_policies_hold_their_actions_or_let_them_drift():
     space = gym.spaces.Box(-1, 1, (2,))
     hold, brownian = (worlds.random_actions(kind, space, np.random.default_rng(0)) for kind in ("hold", "brownian"))
     changes = np.diff(list(itertools.islice(hold, 2000)), axis=0)
@@ -600,7 +600,7 @@ def cem_by_hand(cost, mean, std, M, K, steps, draw, momentum=0.0, maxnorm=math.i
 
 @pytest.mark.parametrize("options", [{}, dict(momentum=0.25), dict(maxnorm=0.5), dict(keep=2)])
 @pytest.mark.parametrize("draw", [torch.randn, torch.rand])
-def test_cem_by_hand(options, draw):
+def test_cem_does_what_its_equations_say(options, draw):
     cost = lambda a: (a - 2).square().sum((-1, -2))  # noqa: E731
     mean, std = torch.rand(2, 3, 2), 1 + torch.rand(2, 3, 2)
     ours, theirs = (torch.Generator().manual_seed(0) for _ in range(2))
@@ -621,7 +621,7 @@ def test_coloured_noise_has_variance_one_and_neighbours_alike():
     close(cem.coloured_noise(0.0, 2)(1, 2, 5, 10, generator=ours).view(1, 2, 25, 2), expected)
 
 
-def test_mppi_by_hand():
+def test_mppi_does_what_its_equations_say():
     cost = lambda a: (a - 1).square().sum((2, 3))  # noqa: E731
     mean, std = torch.randn(2, 2, 3), 0.5 + torch.rand(2, 2, 3)
     ours, theirs = (torch.Generator().manual_seed(0) for _ in range(2))
@@ -635,7 +635,7 @@ def test_mppi_by_hand():
     close(found, mean, atol=1e-5, rtol=1e-5)
 
 
-def test_gradient_descent_by_hand():
+def test_gradient_descent_does_what_its_equations_say():
     start, target = torch.randn(3, 2, 4), torch.randn(3, 2, 4)
     cost = lambda a: (a - target[:, None]).square().sum((2, 3))  # noqa: E731
     ours, theirs = (torch.Generator().manual_seed(0) for _ in range(2))
@@ -912,7 +912,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_was_not(finished,
     assert len(returns["random"]["real"]) == len(returns["dream_tau1"]["dream"]) == 2
 
 
-def test_c_in_the_real_environment_and_several_temperatures(wm_run):
+def test_c_learns_in_the_real_environment_and_in_dreams_of_several_temperatures(wm_run):
     assert wm_run("train-c", "--in", "real", "--c-steps", 70)[0] == 0
     assert len(common.load_tensors(wm_run.path / "c_real.pt")["fitness"]) == 2
     assert wm_run("train-c", "--c-steps", 70, "--tau", 0.5, 1.3)[0] == 0
@@ -1138,7 +1138,7 @@ def sees(name, weights, expected):
 
 
 @torch.no_grad()
-def test_dinov2_in_all_its_formats(tmp_path):
+def test_dinov2_sees_the_same_in_all_its_formats(tmp_path):
     from transformers import Dinov2Config, Dinov2Model
 
     model = encoders.DINOV2.format("small")
@@ -1165,7 +1165,7 @@ def test_dinov2_in_all_its_formats(tmp_path):
 
 
 @torch.no_grad()
-def test_dinov3_in_all_its_formats(tmp_path):
+def test_dinov3_sees_the_same_in_all_its_formats(tmp_path):
     from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
     model = encoders.DINOV3.format("small")
@@ -1191,7 +1191,7 @@ def test_dinov3_in_all_its_formats(tmp_path):
 
 
 @torch.no_grad()
-def test_vjepa2_in_both_formats(tmp_path):
+def test_vjepa2_sees_the_same_in_both_formats(tmp_path):
     from transformers import VJEPA2Config, VJEPA2Model
 
     released = randomised(VJEPA2Model(VJEPA2Config(pred_num_hidden_layers=2, **encoders.VJEPA2_SIZES["tiny"])))
@@ -1213,7 +1213,7 @@ def test_vjepa2_in_both_formats(tmp_path):
 
 
 @torch.no_grad()
-def test_resnets_and_r3m(tmp_path):
+def test_resnets_see_what_torchvisions_does(tmp_path):
     net = randomised(models.resnet18())
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -1266,7 +1266,7 @@ def test_weights_that_do_not_fit_are_named_and_nothing_is_half_loaded(tmp_path):
         load_weights(vit, path, None, of_vit[1])
 
 
-def test_names_and_sizes_of_encoders_that_are_not_there():
+def test_names_and_sizes_of_encoders_that_are_not_there_are_refused():
     assert {name.partition("-")[0] for name in SHAPES} | {"state"} == set(encoders.ENCODERS)  # each of them is tested
     for match, *args in (
         ("unknown encoder 'dino'; known: pca", "dino"),
@@ -1302,7 +1302,7 @@ def test_weights_come_from_a_repository_which_is_named_if_it_is_out_of_reach(mon
     assert [call.args[0] for call in download.mock_calls] == ["timm/vit_small_patch14_dinov2.lvd142m", "me/mine"]
 
 
-def test_the_table_of_encoders(script, monkeypatch):
+def test_the_table_of_encoders_shows_their_sizes_and_licences(script, monkeypatch):
     monkeypatch.setattr(time, "perf_counter", iter(range(99)).__next__)  # a second has passed at each reading
     _, *table = script("encoders", "--encoders", "patches,resnet18", "--batch-size", 1)[1].splitlines()
     assert table[0].split()[:4] == ["patches", "64", "16", "64"] and "BSD-3-Clause" in table[1]
@@ -1472,7 +1472,7 @@ def test_planning_imagines_what_training_does_from_any_number_of_frames(options)
         assert cached.shape == plain.shape and (cached - plain).abs().max() < 1e-5
 
 
-def test_the_losses_of_every_transition_by_hand(model):
+def test_every_transition_has_the_losses_that_its_equations_say(model):
     batch, n, K = tiny_batch(model), model.encoder.num_patches * model.encoder.dim, 4
     recurrent, paper = isinstance(model.predictor, predictor.RWMPredictor), model.variant == "paper"
     power = 1 if isinstance(model.predictor, predictor.ACPredictor) else 2
@@ -1989,7 +1989,7 @@ def test_worlds_remember_frames_and_actions():
     assert (whole.plans[0][0][1][-15:] == actions[0].reshape(-1, 2)).all() and len(whole.plans[0]) == 1
 
 
-def test_objectives_by_hand_from_a_history_of_frames():
+def test_a_plan_costs_what_the_equations_say_from_a_history_of_frames():
     model, env, device = tiny_model(encoder="pca"), make_env("pointmaze"), torch.device("cpu")
     states, actions = some_states(env, 4), torch.rand(2, 3, 4, 10)
     worlds = plan.Worlds(env, states[:2], states[2:], history=3, frameskip=5)

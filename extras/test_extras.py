@@ -161,7 +161,7 @@ def test_the_study_measures_every_run_once(workplace, script, here):
     assert code == 2 and "was begun with other flags (--steps 4)" in err
 
 
-def test_the_study_in_worker_processes(workplace, script):
+def test_the_study_runs_in_worker_processes(workplace, script):
     code, _, err = script("extras.representation", *STUDY, "--seeds", 0, "--max-iter", 1, "--name", "deep/own")
     assert code == 0, err
     assert "±" not in (workplace / "runs" / "deep" / "own" / "table.md").read_text()  # one seed has no interval
@@ -185,7 +185,7 @@ def test_encoders_are_compared_on_the_same_problems():
     assert rows == [["a reconstructive latent", "vae − pca", once, once, in_the_end, once, "1 of 2"]]
 
 
-def test_linear_probe_and_intervals():
+def test_the_probe_reads_what_is_linear_and_intervals_are_students():
     seen, readout = np.random.default_rng(0).normal(size=(400, 2, 3)).astype(np.float32), np.arange(12).reshape(6, 2)
     states = np.column_stack([seen.reshape(400, 6) @ readout + 5, np.random.default_rng(1).normal(size=400)])
     read = representation.linear_probe(seen, states, (np.arange(300), np.arange(300, 400)))

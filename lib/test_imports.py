@@ -114,7 +114,7 @@ def test_a_maze_of_minari_is_imported_trained_on_and_planned_with(run, robotics_
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_minari_with_images_and_without_an_environment(run):
+def test_minari_is_imported_with_images_and_without_an_environment(run):
     spaces = {"camera": gym.spaces.Box(0, 255, (48, 64, 3), np.uint8), "where": gym.spaces.Box(-9, 9, (3,), np.float32)}
     spaces |= {"desired_goal": gym.spaces.Box(-9, 9, (2,), np.float32)}
     where = RNG.normal(size=(7, 3)).astype(np.float32)

@@ -10,7 +10,7 @@ from torchvision import models
 from lib import pictures
 
 
-def test_psnr_and_ssim(monkeypatch):
+def test_psnr_and_ssim_are_as_defined(monkeypatch):
     x, y = torch.full((2, 3, 20, 20), 0.5), torch.rand(2, 3, 20, 20)
     assert pictures.psnr(x, x + 0.1).item() == pytest.approx(20, abs=1e-4)
     assert pictures.ssim(y, y).item() == pytest.approx(1, abs=1e-5) and pictures.ssim(y, y.flip(3)) < 0.2
@@ -26,7 +26,7 @@ def test_psnr_and_ssim(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torchvision")
-def test_lpips_where_its_weights_are_at_hand(tmp_path, monkeypatch):
+def test_lpips_is_measured_where_its_weights_are_at_hand(tmp_path, monkeypatch):
     a, b = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64, 3), dtype=np.uint8)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(pictures, "perceptual_metric", pictures.perceptual_metric.__wrapped__)

@@ -136,7 +136,7 @@ def archive(archive_content, tmp_path, monkeypatch):
     return Path(shutil.copytree(archive_content, tmp_path / "point_maze")).relative_to(tmp_path)
 
 
-def test_the_released_data_set(archive, monkeypatch):
+def test_the_released_data_set_is_read_as_the_release_reads_it(archive, monkeypatch):
     dataset = data.open_dataset(archive)
     actions, states = (torch.load(archive / f"{name}.pth") for name in ("actions", "states"))
     rows = torch.cat([states[e, :length] for e, length in enumerate(LENGTHS)]).float()
@@ -210,7 +210,7 @@ EPISODE = "obses/episode_002.pth"
     (change("obses/episode_000.pth", lambda f: f[:, :16]), "(30, 16, 32, 3) of torch.uint8, not 30 uint8 frames"),
     (change("obses/episode_000.pth", lambda f: f[0, 0, 0, 0]), "episode_000.pth: () of torch.uint8"),
 ])  # fmt: skip
-def test_a_released_data_set_that_is_not_whole(archive, script, damage, message):
+def test_a_released_data_set_that_is_not_whole_is_refused(archive, script, damage, message):
     damage(archive)
     for command in (["train", "--data", archive], ["lib.released", archive], ["data", "--inspect", archive]):
         refused(script(*command), message)
@@ -287,7 +287,7 @@ LATEST = "checkpoints/model_latest.pth"
     (write(LATEST, b"PK"), "model_latest.pth is damaged"),
     (lambda run: torch.save({"epoch": 1}, run / LATEST), "hold a module 'predictor'"),
 ])  # fmt: skip
-def test_a_released_run_that_is_not_whole(released_run, script, damage, message):
+def test_a_released_run_that_is_not_whole_is_refused(released_run, script, damage, message):
     run = released_run()
     damage(run)
     refused(script("plan", "--ckpt", run, "--weights", "random"), message)

@@ -47,7 +47,7 @@ def worlds_at(points, goals):
     return types.SimpleNamespace(past=past, goal_obs=goal_obs, goals=np.pad(goals[:, 0], ((0, 0), (0, 2))))
 
 
-def test_points_are_chosen_far_apart_by_hand():
+def test_points_are_chosen_far_apart():
     chosen, nearest, distance = farthest_points(torch.tensor([[0.0], [1], [5], [10], [11]]), 3)
     assert chosen.tolist() == [0, 4, 2] and nearest.tolist() == [0, 0, 2, 1, 1]
     torch.testing.assert_close(distance, torch.tensor([0.0, 1, 0, 1, 0]))
