@@ -10,7 +10,7 @@ from extras import systems
 from extras.test_extras import here  # noqa: F401  (jobs are done in this process)
 from lib import pictures
 from lib.systems import system_class
-from test_all import write_short_gif
+from test_all import assert_refused, write_short_gif
 
 FLAGS = "--system avdc,pca --env pointmaze --seeds 1 --steps 2 --n-evals 2 --max-iter 2 --num-samples 5 --topk 2"
 FLAGS = f"{FLAGS} --opt-steps 1 --name tiny".split()
@@ -59,6 +59,5 @@ def test_psnr_is_that_of_each_step():
 
 def test_an_impossible_budget_is_reported_before_anything_is_trained(tmp_path, script, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, _, err = script("extras.systems", "--num-samples", 5)
-    assert code == 2 and "--topk 10 must lie between 2 and --num-samples 5" in err
+    assert_refused(script("extras.systems", "--num-samples", 5), "--topk 10 must lie between 2 and --num-samples 5")
     assert not list(tmp_path.iterdir())

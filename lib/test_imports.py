@@ -22,6 +22,7 @@ from lib import pictures, worlds
 from lib.imports import open_source
 from lib.worlds import ENVIRONMENTS, can_be_set, make_env
 from predictor import WorldModel
+from test_all import assert_refused
 
 TINY = "--steps 2 --batch-size 8 --sizes depth=1,heads=2,dim_head=4,mlp_dim=8"
 RNG = np.random.default_rng(0)
@@ -42,8 +43,7 @@ def run(script, tmp_path, monkeypatch):
         if message is None:
             assert code == 0, err
             return out
-        line = err.strip().splitlines()[-1]
-        assert code == 2 and line.startswith("error: ") and message in line and "Traceback" not in err, err
+        assert_refused((code, out, err), message)
         assert files() == before
 
     return run
