@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,12 @@ def test_v_m_and_c_are_shared(tmp_path, script, monkeypatch):
     card = (shared / "README.md").read_text()
     assert "vae_mdnrnn.py all --env pointmaze --max-steps 8 --episodes 6" in card
     assert "| dream_tau1 | real | " in card and "--sizes " + SMALL[SMALL.index("--sizes") + 1] in card
+    shutil.copytree("run", "rounds/iteration2")  # a run of iterate, of which two iterations are there
+    flags = json.loads(Path("run/args.json").read_text()) | {"episodes": [6, 2], "v_steps": [4], "m_steps": [6, 3]}
+    Path("rounds/args.json").write_text(json.dumps(flags))
+    card = script("extras.share", "rounds", "someone/rounds", "--dry-run")[1]
+    assert "vae_mdnrnn.py iterate --env pointmaze --max-steps 8 --episodes 6 2" in card
+    assert "--m-steps 6 3 --iterations 2\n" in card
 
 
 def test_what_wrong_input_gets(run_folder, script, monkeypatch):

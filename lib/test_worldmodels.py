@@ -2,12 +2,15 @@
 
 import math
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import vae_mdnrnn as wm
+from lib.recipes import parse_args, temperature
+from lib.worlds import DreamEnv
 from test_all import SMALL, close, evolve, paraboloid
 
 
@@ -54,6 +57,21 @@ def test_a_cold_dream_is_m_step_by_step():
         z = mu[..., 0].gather(-1, logit.argmax(-1, keepdim=True))[..., 0]
         seen, reward, _ = dream.step(a)
         close(reward, rnn.heads["reward"](h[:, 0])[:, 0], atol=1e-3, rtol=0)
+
+
+def test_an_action_in_a_dream_is_bounded_as_in_the_world_that_is_dreamt():
+    dream = wm.Dream(wm.MDNRNN(4, 3, 8), torch.zeros(2, 1, 4))
+    space = DreamEnv(dream, wm.VAE(4), low=[-1, 0, 0]).action_space
+    assert space.low.tolist() == [-1, 0, 0] and space.high.tolist() == [1, 1, 1]
+
+
+def test_the_name_of_a_c_says_the_temperature_of_its_dream():
+    assert [temperature(name) for name in ("dream_tau0.5", "dream_tau1.15", "real")] == [0.5, 1.15, 1]
+
+
+def test_all_and_iterate_do_not_share_a_folder():
+    one, more = (parse_args([step], wm.STEPS, "World Models.").run for step in ("all", "iterate"))
+    assert (one, more) == (Path("runs/worldmodels_takecover"), Path("runs/worldmodels_takecover_iterate"))
 
 
 def test_each_trial_of_a_candidate_is_on_a_track_of_its_own_and_all_candidates_meet_the_same():
