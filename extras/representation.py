@@ -175,15 +175,22 @@ def run_job(task):
 # ---- Tables and the figure -----------------------------------------------------------------------
 
 
-def interval(values):
-    """Means (...) of values (seeds, ...), and half the widths of their 95 % intervals (Student's t)."""
-    values, n = np.array(values, float), len(values)
-    return values.mean(0), stats.t.ppf(0.975, n - 1) * values.std(0, ddof=min(1, n - 1)) / np.sqrt(n)
+def pooled(rates, n_evals):
+    """Success rates of several seeds (seeds, columns), with n_evals problems each -> those of all problems together
+    (columns,), and their 95 % intervals (columns, 2) (Wilson, 1927)."""
+    n, solved = len(rates) * n_evals, (np.array(rates) * n_evals).round().astype(int).sum(0)
+    return solved / n, np.array([stats.binomtest(int(k), n).proportion_ci(method="wilson") for k in solved])
+
+
+def rate_cells(rates, n_evals):
+    return [f"{rate:.2f} [{low:.2f}, {high:.2f}]" for rate, (low, high) in zip(*pooled(rates, n_evals), strict=True)]
 
 
 def cell(values, digits=2):
-    mean, half = interval(values)
-    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if np.isfinite(half) else "")
+    """The mean of values (seeds,), and half the width of its 95 % interval (Student's t)."""
+    n = len(values)
+    half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=min(1, n - 1)) / np.sqrt(n)
+    return f"{np.mean(values):.{digits}f}" + (f" ± {half:.{digits}f}" if n > 1 else "")
 
 
 def stack(runs):
@@ -198,18 +205,18 @@ def mcnemar(one, other):
 
 
 def summary_rows(args, results, env):
-    """A row for each control and encoder in a maze. Every ± is a 95 % interval over seeds."""
+    """A row for each control and encoder in a maze. Brackets are over all goals, and every ± is over seeds."""
     shifts = results[env, args.encoder[0]]["shift"]
     header = ["encoder", "tokens", "within 1", f"within {args.max_iter}", *(f"with {shift}" for shift in shifts)]
     header += ["latent error", f"drift at {args.drift}", "probe x, y", "probe vx, vy", "distance", "train s", "plan s"]
     rows = [header]
     for name, rates in results[env, CONTROLS].items():
-        rows.append([name, "", cell(rates[:, 0]), cell(rates[:, -1]), *[""] * (len(header) - 4)])
+        rows.append([name, "", *rate_cells(rates[:, [0, -1]], args.n_evals), *[""] * (len(header) - 4)])
     for encoder in args.encoder:
         run = results[env, encoder]
-        rates = run["success"].mean(2)  # (seeds, MPC iterations)
-        row = [encoder, f"{run['tokens'][0]} × {run['dim'][0]}", cell(rates[:, 0]), cell(rates[:, -1])]
-        row += [cell(run["shift"][shift].mean(1)) for shift in shifts]
+        rates = [run["success"][:, 0], run["success"][:, -1], *(run["shift"][shift] for shift in shifts)]
+        row = [encoder, f"{run['tokens'][0]} × {run['dim'][0]}"]
+        row += rate_cells(np.mean(rates, 2).T, args.n_evals)
         row += [cell(run["latent_error"], 3), cell(run["drift"]["model"][:, -1])]
         row += [cell(run["probe"][:, :2].mean(1)), cell(run["probe"][:, 2:].mean(1)), cell(run["distance"])]
         rows.append(row + [f"{run[key].mean():.0f}" for key in ("train_seconds", "plan_seconds")])
@@ -259,15 +266,15 @@ def write_tables(args, results, curve, path):
 
 
 def draw(args, results, path):
-    """Draws success by budget for each maze, drift by horizon, and success by shift, with intervals over seeds."""
+    """Draws success by budget for each maze, drift by horizon, and success by shift, with intervals over all goals."""
     rows, shifted = (len(args.env) + 3) // 2, SHIFTED if SHIFTED in args.env else args.env[0]
     figure = pictures.new_figure((9, 3.2 * rows))
     *mazes, drift, shifts = (figure.add_subplot(rows, 2, i + 1) for i in range(len(args.env) + 2))
 
-    def curve(ax, values, style, first=1, aside=0.0, label=None):
-        mean, half = interval(values)
+    def curve(ax, rates, style, first=1, aside=0.0, label=None):
+        mean, bounds = pooled(rates, args.n_evals)
         x = np.arange(first, first + len(mean)) + 0.04 * aside  # a little apart, so that all intervals are seen
-        ax.errorbar(x, mean, half, fmt=style, ms=3, capsize=2, label=label)
+        ax.errorbar(x, mean, np.abs(bounds.T - mean), fmt=style, ms=3, capsize=2, label=label)
 
     for env, ax in zip(args.env, mazes, strict=True):
         for i, encoder in enumerate(args.encoder):
@@ -277,7 +284,8 @@ def draw(args, results, path):
         ax.set(title=env, xlabel="MPC iterations", ylabel="success", ylim=(0, 1.05), xticks=range(1, args.max_iter + 1))
     for i, encoder in enumerate(args.encoder):
         for name, style in (("model", "-"), ("copy", ":")):
-            curve(drift, results[args.env[0], encoder]["drift"][name], f"C{i}{style}")
+            mean = results[args.env[0], encoder]["drift"][name].mean(0)
+            drift.plot(range(1, len(mean) + 1), mean, f"C{i}{style}")
         run = results[shifted, encoder]
         rates = [run["success"][:, 0].mean(1), *(solved.mean(1) for solved in run["shift"].values())]
         curve(shifts, np.column_stack(rates), f"C{i}o", first=0, aside=3 * i)

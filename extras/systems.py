@@ -22,12 +22,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 
 import data
 import plan
 import train
-from extras.representation import CONTROLS, PLANNER, measure_controls, plan_args, run_jobs
+from extras.representation import CONTROLS, PLANNER, measure_controls, plan_args, pooled, rate_cells, run_jobs
 from lib import common, pictures, processes
 from lib.common import CORES, RANK, positive, to_tensor
 from lib.systems import SYSTEMS
@@ -107,13 +106,6 @@ def psnr_by_step(frames, real):
 # ---- The table, the figure and the film ----------------------------------------------------------
 
 
-def pooled(args, rates):
-    """Success rates of several seeds (seeds, plans) -> those of all goals together (plans,), and their intervals."""
-    n = len(rates) * args.n_evals
-    solved = (np.array(rates) * args.n_evals).round().astype(int).sum(0)
-    return solved / n, np.array([binomtest(int(k), n).proportion_ci(method="wilson") for k in solved])
-
-
 def table_rows(args, env, results):
     """A row for each control and system in a maze; the runs of all seeds are taken together."""
     shown = [k for k in (1, 2, 3, 10) if k <= args.max_iter]
@@ -122,8 +114,7 @@ def table_rows(args, env, results):
     rows = [header]
 
     def row(name, rates, *rest):
-        rate, interval = pooled(args, rates)
-        cells = [f"{rate[k - 1]:.2f} [{interval[k - 1][0]:.2f}, {interval[k - 1][1]:.2f}]" for k in shown]
+        cells = rate_cells(np.array(rates)[:, [k - 1 for k in shown]], args.n_evals)
         rows.append([name, *cells, *rest, *[""] * (len(header) - 1 - len(cells) - len(rest))])
 
     for name in PLANNER["baselines"].split(","):
@@ -156,11 +147,12 @@ def draw(args, results, path):
     for env, ax in zip(args.env, mazes, strict=True):
         curves = {name: [run["success"] for run in results[env, name]] for name in args.system}
         for name, style in (("oracle", "k--"), ("random", "k:")):
-            ax.plot(plans, pooled(args, [run["success"][name] for run in results[env, CONTROLS]])[0], style, label=name)
+            rates = [run["success"][name] for run in results[env, CONTROLS]]
+            ax.plot(plans, np.mean(rates, 0), style, label=name)
         for i, (name, rates) in enumerate(curves.items()):
-            rate, interval = pooled(args, rates)
+            rate, bounds = pooled(rates, args.n_evals)
             ax.plot(plans, rate, f"C{i}o-", ms=3, label=name)
-            ax.fill_between(plans, *interval.T, color=f"C{i}", alpha=0.12, lw=0)
+            ax.fill_between(plans, *bounds.T, color=f"C{i}", alpha=0.12, lw=0)
         ax.set(title=env, xlabel="plans", ylabel="success", ylim=(0, 1.05), xticks=plans)
     for i, name in enumerate(args.system):
         for run in results[args.env[0], name]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import data
-from extras import systems
+from extras import representation, systems
 from extras.test_extras import here  # noqa: F401  (jobs are done in this process)
 from lib import pictures
 from lib.systems import system_class
@@ -42,10 +42,7 @@ def test_a_tiny_comparison_goes_on_and_reports(tmp_path, script, here, monkeypat
 
 
 def test_seeds_are_taken_together():
-    class args:
-        n_evals = 50
-
-    rates, intervals = systems.pooled(args, [[0.1, 0.5], [0.3, 0.5]])
+    rates, intervals = representation.pooled([[0.1, 0.5], [0.3, 0.5]], 50)
     np.testing.assert_allclose(rates, [0.2, 0.5])
     np.testing.assert_allclose(intervals[1], (0.4038, 0.5962), atol=1e-4)  # Wilson's, of 50 in 100
 
