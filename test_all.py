@@ -2165,7 +2165,7 @@ def test_a_world_or_data_set_that_does_not_fit_a_run_is_named(runs, run, monkeyp
 def test_a_run_is_gone_on_with_by_its_own_flags_alone(runs, run):
     plain, path = f"train {RUNS['plain']} --name plain", runs / "plain" / "args.json"
     run(f"{plain} --lr 0.01", "runs/plain was begun with other flags (--lr by default)")
-    run(f"train {AC} --name plain", "--predictor vit, --rollout-steps 1, --sizes {")
+    run(f"train {AC} --name plain", "--predictor vit, --rollout-steps 1, --sizes depth=")
     args = json.loads(path.read_text())
     for name, value in {"lr": 0.5, "seed": "0", "num_hist": -3, "sizes": 5, "tau": 5}.items():
         path.write_text(json.dumps(args | {name: value}))
