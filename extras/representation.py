@@ -288,11 +288,11 @@ def draw(args, results, path):
             drift.plot(range(1, len(mean) + 1), mean, f"C{i}{style}")
         run = results[shifted, encoder]
         rates = [run["success"][:, 0].mean(1), *(solved.mean(1) for solved in run["shift"].values())]
-        curve(shifts, np.column_stack(rates), f"C{i}o", first=0, aside=3 * i)
+        curve(shifts, np.column_stack(rates), f"C{i}o", first=0, aside=2 * i)
     drift.set(xlabel="model steps ahead (dotted: copied)", ylabel="latent error / variance", yscale="log")
     shifts.set(title=f"{shifted} with each shift", ylabel="success within 1", ylim=(0, 1.05))
     shifts.set_xticks(range(1 + len(run["shift"])), ["plain", *run["shift"]], rotation=20)
-    figure.legend(*mazes[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
+    figure.legend(*mazes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     pictures.save_figure(path, figure, dpi=120)
 
 
