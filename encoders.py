@@ -194,6 +194,8 @@ class VAEEncoder(FrozenEncoder):
         train_vae(self.vae, frames, steps, beta=beta, kl_tolerance=0, seed=seed, transform=self.contrast)
         self.freeze()
         self.standardise(see_all(self.posterior_mean, frames, device))
+        if not self.scale.any():
+            raise UserError(f"{self.name} has collapsed: all frames have the same latent: try another --seed")
         return self
 
     def forward(self, images):

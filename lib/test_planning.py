@@ -10,11 +10,12 @@ from torch import nn
 
 import cem
 import data
+import encoders
 import plan
 import predictor
 import train
 from lib.worlds import make_env
-from test_all import TINY, WORLD, close, fake_dataset, some_states, tiny_batch, tiny_model
+from test_all import TINY, WORLD, close, fake_dataset, refused, some_states, tiny_batch, tiny_model
 
 # -- data ----------------------------------------------------------------------------------------------------
 
@@ -125,3 +126,9 @@ def test_problems_of_a_data_set_are_goal_h_steps_apart_in_one_validation_episode
         first, last = row[tuple(start)], row[tuple(goal)]
         (episode,) = set(np.searchsorted(dataset.episode_ends, [first, last], side="right"))
         assert last == first + 2 and episode in dataset.split()[1]
+
+
+def test_a_v_that_has_collapsed_is_refused(frames, monkeypatch):
+    monkeypatch.setattr(encoders, "train_vae", lambda vae, *_, **__: vae.mu.weight.data.zero_())
+    with refused("vae has collapsed: all frames have the same latent"):
+        encoders.build_encoder("vae").fit(frames)
