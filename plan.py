@@ -178,8 +178,8 @@ def in_groups(solve_group, num_problems, planner, title):
 
 def controls(env, starts, goals, model, args, graph=None):
     """Success rates by iteration of the controls in args.baselines, on the same problems and for as long."""
-    # The simulator has no gradient for gd to follow, and a system that draws its plans has no budget of a search. In
-    # both cases the control plans with icem.
+    # The simulator has no gradient for gd to follow, and a system that draws its plans has no search budget. In both
+    # cases the control plans with icem.
     other = args.planner.endswith("gd") or not args.opt_steps
     oracle = argparse.Namespace(**vars(args) | (BUDGETS["icem"] | {"planner": "icem"} if other else {}))
     device, limits = model.action_mean.device, (args.n_taken_actions, args.max_iter)

@@ -32,7 +32,7 @@ def read_logs(run):
                 x, y = ([float(row[name]) for row in found] for name in (count, column))
                 curves[path.stem, column] = count, x, y
     if not curves:
-        raise UserError(f"no log of a training in {run}: give runs of train.py or vae_mdnrnn.py, of iterate iteration1")
+        raise UserError(f"no log of a training in {run}: give the folder of a run, or of an iteration of iterate")
     return curves
 
 

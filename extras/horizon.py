@@ -49,7 +49,7 @@ def encode(model, obs, device, first=0):
 
 def simulated(env, model, before, T, count, rng):
     """`count` trajectories of random actions: observations {name: (count, before + 1 + T, ...)} and the actions between
-    them. The third result are the observations, from step `before` on, of a world that is moved a little there."""
+    them. The third result is what is observed, from step `before` on, in a world that is moved a little there."""
     starts = np.array([env.sample_state(rng) for _ in range(count)])
     shape = (count, before + T, model.frameskip, *env.action_space.shape)
     actions = rng.uniform(env.action_space.low, env.action_space.high, shape).astype(np.float32).reshape(*shape[:2], -1)

@@ -9,12 +9,13 @@ after a single plan, in larger mazes, and in a world that looks different from t
     drift         the error of the latent imagined h steps ahead, divided by its variance (extras/horizon.py)
     probe         R^2 of (x, y, vx, vy), read off the tokens of one frame by ridge regression
     distance      rank correlation of the distance between two frames' tokens with that of the balls, up to 2 m
-    train, plan   the seconds of the training loop, without fitting and encoding, and of loading and planning, unshifted
+    train, plan   the seconds of the training loop, without fitting and encoding, and of loading the model and planning
+                  without a shift
 
 Two encoders meet the same problems. Let the first alone solve b of them, and the second alone c. If neither is better,
 b is drawn from Binomial(b + c, 1/2), which gives the p-value of a difference (McNemar, 1947, in its exact form).
 
-    python -m extras.representation                  # the laptop set: no download, three hours on two cores
+    python -m extras.representation                  # the laptop set: no download, over three hours on two cores
     python -m extras.representation --quick          # one seed, the smallest maze: fifteen minutes on two cores
     python -m extras.representation --img-size 224 --curve dinov2 --steps 20000 --name pretrained \\
         --encoder dinov2,dinov2@random,dino_cls,dinov3,vjepa2,dino_tok,vfm_vae                       # on a GPU
@@ -89,8 +90,8 @@ def plan_args(args, seed):
 
 
 def measure(args, env_name, encoder, seed, steps):
-    """Trains one run, plans with it, and returns what is measured; of the curve's other runs only success. Or measures
-    the controls."""
+    """Trains one run, plans with it, and returns what is measured; of the curve's other runs this is success alone. For
+    CONTROLS it measures the controls."""
     if encoder == CONTROLS:
         return measure_controls(args, env_name, seed)
     directory, device = run_path(args, env_name, encoder, seed, steps), torch.device(args.device)

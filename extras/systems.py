@@ -55,7 +55,7 @@ def train_args(args, env, name, seed):
 
 
 def measure(args, env_name, name, seed):
-    """Trains one run, plans with it, and returns what is measured. Or measures the controls."""
+    """Trains one run, plans with it, and returns what is measured. For CONTROLS it measures the controls."""
     if name == CONTROLS:
         return {"success": measure_controls(args, env_name, seed)}
     directory, device = run_path(args, env_name, name, seed), torch.device(args.device)
