@@ -26,6 +26,7 @@ or seeds than before. The token caches that it leaves with the data take 7 GB.
 """
 
 import contextlib
+import itertools
 import time
 from pathlib import Path
 
@@ -154,23 +155,29 @@ def measure_controls(args, env_name, seed):
 
 def run_jobs(args, measure, folders, title):
     """Returns {job: measure(args, *job)} for `folders`, {job: the folder of its run}. A job whose study.json is there
-    is not done again. torchrun's processes share the others, and each does --workers of them at a time."""
+    is not done again. torchrun's processes share the others, and each does --workers of them at a time. UserError names
+    the runs that failed, after all others are done."""
     left = [job for job, folder in folders.items() if not (folder / "study.json").exists()]
     left = [(args, measure, job, folders[job]) for job in processes.gather(left)[0][RANK::WORLD_SIZE]]
     with processes.Workers(min(args.workers, max(1, len(left)))) as pool:
-        list(tqdm(pool.map(run_job, left), title, len(left), unit="run"))
-    processes.gather(None)
+        failed = [error for error in tqdm(pool.map(run_job, left), title, len(left), unit="run") if error]
+    failed = list(itertools.chain(*processes.gather(failed)))
+    if failed:
+        raise UserError(f"{len(failed)} of {len(folders)} runs failed, and the others are done: {'; '.join(failed)}")
     return {job: common.read_json(folder / "study.json") for job, folder in folders.items()}
 
 
 def run_job(task):
-    """Measures one run with a worker's share of the cores. What is printed goes to a .log file."""
+    """Measures one run with a worker's share of the cores. What is printed goes to a .log file. Returns why it failed,
+    if a user can change that."""
     args, measure, job, folder = task
     processes.keep_freed_memory()
     torch.set_num_threads(max(1, CORES // args.workers))
     with open(f"{folder}.log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        result = measure(args, *job)
-    common.write_json(folder / "study.json", result)
+        try:
+            common.write_json(folder / "study.json", measure(args, *job))
+        except UserError as error:
+            return f"{folder.name}: {error}"
 
 
 # ---- Tables and the figure -----------------------------------------------------------------------

@@ -16,6 +16,7 @@ import train
 from encoders import build_encoder
 from extras import budget, calibration, horizon, representation, tokens
 from lib import pictures, processes
+from lib.common import UserError
 from lib.systems import system_class
 from lib.worlds import make_env, play_alone
 from predictor import WorldModel
@@ -158,6 +159,24 @@ def test_the_study_measures_every_run_once(workplace, script, here):
     assert "| patches | 16 × 64 |" in table and "| against the first | patches − pca | " in table
     assert [line.split(" | ")[0] for line in table.splitlines()[-4:]] == ["| 1", "| 2", "| 4", "| 8"]  # gradient steps
     assert_refused(script("extras.representation", *STUDY, "--steps", 13), "was begun with other flags (--steps 4)")
+
+
+def test_a_run_that_fails_does_not_end_the_study(workplace, script, here, monkeypatch):
+    measure = representation.measure
+
+    def unlucky(args, env, encoder, seed, steps):
+        if (encoder, seed) == ("pca", 0):
+            raise UserError("pca has collapsed: try another --seed")
+        return measure(args, env, encoder, seed, steps)
+
+    flags = [*STUDY, "--name", "unlucky"]
+    with monkeypatch.context() as patch:
+        patch.setattr(representation, "measure", unlucky)
+        said = "1 of 4 runs failed, and the others are done: pointmaze_pca_0: pca has collapsed: try another --seed"
+        assert_refused(script("extras.representation", *flags), said)
+    done = {path.parent.name for path in (workplace / "runs" / "unlucky").glob("*/study.json")}
+    assert done == {"pointmaze_pca_1", "pointmaze_controls_0", "pointmaze_controls_1"}
+    assert script("extras.representation", *flags)[0] == 0  # the same command does what is left
 
 
 def test_the_study_runs_in_worker_processes(workplace, script):
