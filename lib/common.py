@@ -371,7 +371,8 @@ def bfloat16(device, wanted=True):
 
 
 def fit(model, loss, steps, lr, seed, name, path=None, clip=None, report=None):
-    """Fits `model` in place by `steps` steps of Adam on `loss()["loss"]`. The learning rate follows a cosine.
+    """Fits `model` in place by `steps` steps of Adam on `loss()["loss"]`. The learning rate follows a cosine, after it
+    has risen over the first twentieth of the steps: with large first steps V can settle for the mean image for good.
 
     With a `path`, a .safetensors, the model is kept there when it is done, for `load_fitted`; and a run that was killed
     goes on. Its weights end as if it had not been killed, because step n draws from a generator seeded by (seed, n)
@@ -391,7 +392,8 @@ def fit(model, loss, steps, lr, seed, name, path=None, clip=None, report=None):
     bar = tqdm(range(first, steps), desc=name, initial=first, total=steps)
     for step in bar:
         torch.manual_seed(seed * 1_000_003 + step)
-        optimizer.param_groups[0]["lr"] = lr * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
+        rise = min(1, (step + 1) / (0.05 * steps))
+        optimizer.param_groups[0]["lr"] = lr * rise * (0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2)
         losses = loss()
         if not torch.isfinite(losses["loss"]):
             raise UserError(f"{name}: the loss is {losses['loss'].item()} at step {step}: try a smaller learning rate")
