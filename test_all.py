@@ -825,8 +825,8 @@ def paraboloid(params, seed, trials):
     return np.repeat(-np.square(params - np.arange(5) / 5).sum(1, keepdims=True), trials, 1), len(params) * trials
 
 
-def evolve(path, steps, scores=paraboloid, trials=(2, 2)):
-    return wm.evolve(scores, np.zeros(5), path, 8, list(trials), steps, 4, seed=2**31 - 1)
+def evolve(path, steps, scores=paraboloid, popsize=(8, 8)):
+    return wm.evolve(scores, np.zeros(5), path, list(popsize), 2, steps, 4, seed=2**31 - 1)
 
 
 def test_evolve_finds_an_optimum_and_resumes_bit_for_bit(tmp_path):
@@ -838,14 +838,15 @@ def test_evolve_finds_an_optimum_and_resumes_bit_for_bit(tmp_path):
     assert torch.equal(parts["params"], whole["params"]) and parts["fitness"] == whole["fitness"]
 
 
-def test_candidates_get_more_trials_once_luck_decides(tmp_path):
+def test_candidates_become_more_once_luck_decides_and_a_resumed_search_knows_it(tmp_path):
     def noisy(params, seed, trials):
         returns, steps = paraboloid(params, seed, trials)
         return returns + noise * np.random.default_rng(seed).standard_normal(returns.shape), steps
 
-    for noise, expected in {0: [2] * 12, 100: [2] * 5 + [4] * 5 + [6] * 2}.items():
-        log = evolve(tmp_path / f"{noise}.pt", 500, noisy, (2, 6))["log"]
-        assert [row["trials"] for row in log][:12] == expected
+    for noise, expected in {0: [8] * 15, 100: [8] * 5 + [16] * 5 + [24] * 5}.items():
+        runs = ("whole", 700), ("parts", 350), ("parts", 700)
+        whole, _, parts = (evolve(tmp_path / f"{noise}_{name}.pt", steps, noisy, (8, 24)) for name, steps in runs)
+        assert [row["popsize"] for row in whole["log"]][:15] == expected and parts["fitness"] == whole["fitness"]
 
 
 @pytest.mark.parametrize("value", [3.0, math.nan])
@@ -993,7 +994,7 @@ WRONG = [
     ("train-m --m-steps 9", Z, [keep], "was begun with other flags (--m-steps 6)"),
     ("test --env takecover", Z, [keep], "was begun with other flags"),
     ("test --sizes z_dim=5,hidden=8", Z, [keep], "was begun with other flags"),
-    ("train-c --popsize 5", FITNESS, [keep], "was begun with {'popsize': 4"),
+    ("train-c --popsize 5", FITNESS, [keep], "was begun with {'popsize': [4]"),
     ("iterate --tau 1 2", Z, [keep], "one --tau"),
     ("train-m --m-steps 6 6", Z, [keep], "several numbers for --m-steps are for the step iterate"),
 ]
@@ -1028,8 +1029,8 @@ vae_mdnrnn | invalid choice | learn / all --env nowhere / all --in sea
 vae_mdnrnn | not a whole number of at least 0 | all --seed -1 / all --seed 4294967295
 vae_mdnrnn | not a whole number of at least 1 | all --c-steps 1e3 / all --sizes z_dim=-3
 vae_mdnrnn | not a whole number of at least 2 | all --trials 1
-vae_mdnrnn | --trials takes one number, or two of which the second is the larger | all --trials 2 4 8
-vae_mdnrnn | --trials takes one number, or two of which the second is the larger | all --trials 16 4
+vae_mdnrnn | --popsize takes one number, or two of which the second is the larger | all --popsize 8 16 32
+vae_mdnrnn | --popsize takes one number, or two of which the second is the larger | all --popsize 16 4
 vae_mdnrnn | not a whole number of at least 4 | all --popsize 3 / all --popsize 1000000000
 vae_mdnrnn | not a number above 0 | all --tau nan / all --tau inf / all --tau 0 / all --sigma0 1e200 / all --lr inf
 vae_mdnrnn | --tau names the same temperature twice | all --tau 1.2 1.20

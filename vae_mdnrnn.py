@@ -408,34 +408,42 @@ def evolve(scores, mean, path, popsize, trials, steps, score_trials, sigma0=0.1,
     scores(params (P, n), seed, trials) -> (P, trials) returns, and the steps that they took. All candidates of a
     generation get the same seed and so drive on the same tracks, or dream on the same random numbers. After every fifth
     generation and the last, the mean is scored over `score_trials` trials, always with the same seed.
-    Deviations: the paper's code also lowers the return of large weights, and gives each candidate 16 trials. Here
-    `trials` is the first number and the largest. At first a few tracks tell good candidates from bad ones; later the
-    candidates are alike, and luck decides. So the number is doubled once the mean returns on one half of the tracks and
-    on the other correlate below 1/3 on average over five generations, which says that luck makes most of the variance.
+    Deviations: the paper's code also lowers the return of large weights, and has 64 candidates with 16 trials each.
+    Here `popsize` is the first number of candidates and the largest, and each has few trials. At first few candidates
+    show where to go; later they are alike, and luck decides. More candidates average luck out as more trials do, and
+    try more directions. So there are twice as many once the mean returns on one half of the tracks and on the other
+    correlate below 1/3 on average over five generations, which says that luck makes most of the variance.
     CMA-ES is deterministic, so the fitness values are its checkpoint: a resumed run tells it the stored values.
     """
+
+    def grow(es, size):
+        if es.popsize == size:
+            return es
+        return cma.CMAEvolutionStrategy(es.mean, es.sigma, {"popsize": size, "seed": seed + size, "verbose": -9})
+
     begun = dict(popsize=popsize, trials=trials, score_trials=score_trials, sigma0=sigma0, seed=seed)
-    es = cma.CMAEvolutionStrategy(mean, sigma0, {"popsize": popsize, "seed": seed + 1, "verbose": -9})
+    es = cma.CMAEvolutionStrategy(mean, sigma0, {"popsize": popsize[0], "seed": seed + 1, "verbose": -9})
     search = dict(score=-math.inf, params=torch.tensor(mean, dtype=torch.float32), fitness=[], log=[], begun=begun)
     if path.exists():
         search = recipes.load_search(path, len(mean), begun)
     for values in search["fitness"]:
+        es = grow(es, len(values))
         es.tell(es.ask(), [-f for f in values])
     log = search["log"]
-    done, count = (log[-1]["steps"], log[-1]["trials"]) if log else (0, trials[0])
+    done = log[-1]["steps"] if log else 0
     bar = tqdm(total=steps, initial=done, desc=f"train C ({path.stem})", unit="step", unit_scale=True)
     while done < steps:
-        last = [row["agreement"] for row in log if row["trials"] == count][-5:]
+        last = [row["agreement"] for row in log if row["popsize"] == es.popsize][-5:]
         if len(last) == 5 and np.mean(last) < 1 / 3:
-            count = min(2 * count, trials[-1])
+            es = grow(es, min(2 * es.popsize, popsize[-1]))
         candidates = es.ask()
-        returns, taken = scores(np.float32(candidates), (seed + 1) * 1_000_003 + len(log) * trials[-1], count)
+        returns, taken = scores(np.float32(candidates), (seed + 1) * 1_000_003 + len(log) * trials, trials)
         values, done = returns.mean(1), done + taken
         if not values.min() < values.max():  # a NaN fails the comparison, too
             cure = "train V and M longer, or raise --tau"
             raise UserError(f"all candidates of generation {len(log) + 1} earn {values[0]:g}: {cure}")
         es.tell(candidates, -values.astype(float))
-        row = {"generation": len(log) + 1, "trials": count, "best": values.max(), "mean": values.mean()}
+        row = {"generation": len(log) + 1, "popsize": es.popsize, "best": values.max(), "mean": values.mean()}
         row |= {"worst": values.min(), "agreement": np.corrcoef([returns[:, i::2].mean(1) for i in (0, 1)])[0, 1]}
         if row["generation"] % 5 == 0 or done >= steps:
             returns, taken = scores(np.float32(es.mean[None]), (seed + 2) * 1_000_003, score_trials)

@@ -17,7 +17,7 @@ from lib import common, pictures
 from lib.common import UserError
 
 COUNTS = "epoch", "step", "steps"  # what a log counts, and the numbers below are drawn over
-LEFT_OUT = *COUNTS, "seconds", "generation", "agreement", "trials"
+LEFT_OUT = *COUNTS, "seconds", "generation", "agreement", "popsize"
 
 
 def read_logs(run):

@@ -14,7 +14,7 @@ from lib.worlds import ENVIRONMENTS
 # The paper's sizes (appendix A), with budgets for two CPU cores: with all iterations some two hours for takecover and
 # four for carracing. Those of pointmaze are not tuned. `episodes`, `v_steps`, `m_steps` and `c_steps` have a budget for
 # each iteration of `iterate`: the first is for a run without iterations, too, and the last for all that follow.
-# `trials` is the first and the largest number of trials.
+# `popsize` is the first and the largest number of candidates.
 # Unlike the paper's M of CarRacing ours predicts the reward, which the dream needs. `restart` tells M when an episode
 # begins, `cell` shows C the cell state, and `squash` turns C's outputs into actions. `patience` also ends the random
 # episodes early, so that fewer frames show nothing but grass.
@@ -24,15 +24,15 @@ RECIPES = {
     "takecover": dict(action_dim=1, squash="tanh", policy="hold", max_steps=2100, patience=2100, cell=True)
     | dict(z_dim=64, beta=0.1, focus=50.0, hidden=512, heads="done", restart=True, where="dream", tau=[1.3])
     | dict(episodes=[2400, 800], v_steps=[8000, 3000], m_steps=[6000, 4000], c_steps=[8_000_000, 30_000_000])
-    | dict(bias=False, trials=[4, 16], score_trials=200, iterations=2),
+    | dict(bias=False, popsize=[64, 256], trials=4, score_trials=200, iterations=2),
     "carracing": dict(action_dim=3, squash="car", policy="brownian", max_steps=1000, patience=100, cell=False)
     | dict(z_dim=32, beta=0.1, focus=50.0, hidden=256, heads="reward", restart=False, where="real", tau=[1.0])
-    | dict(episodes=[600, 100], v_steps=[8000, 3000], m_steps=[3000, 2000], c_steps=[6_000_000, 3_000_000])
-    | dict(bias=True, trials=[2, 16], score_trials=64, iterations=3),
+    | dict(episodes=[600, 240], v_steps=[8000, 6000], m_steps=[3000, 2000], c_steps=[1_000_000, 5_000_000])
+    | dict(bias=True, popsize=[32, 256], trials=2, score_trials=64, iterations=2),
     "pointmaze": dict(action_dim=2, squash="tanh", policy="hold", max_steps=100, patience=100, cell=False)
     | dict(z_dim=32, beta=0.1, focus=0.0, hidden=256, heads="reward", restart=False, where="dream", tau=[1.0])
     | dict(episodes=[300], v_steps=[4000], m_steps=[1000], c_steps=[1_500_000])
-    | dict(bias=True, trials=[8], score_trials=100, iterations=3),
+    | dict(bias=True, popsize=[64], trials=8, score_trials=100, iterations=3),
 }
 SIZES = dict(z_dim=positive, hidden=positive, n_mix=positive, mixture=common.choice("vector", "dimension"))
 BUDGETS = "episodes", "v_steps", "m_steps", "c_steps"
@@ -65,9 +65,9 @@ def parse_args(argv, steps, description):
     add("--lr", type=common.above_zero, default=1e-3, help="learning rate of V and M at the start")
     add("--in", dest="where", choices=("dream", "real"), help="where C is trained")
     add("--tau", type=common.above_zero, nargs="+", help="temperature of the dream; several train a C for each")
-    add("--popsize", type=common.number(int, 4, 10**5), default=64, help="candidates per generation of CMA-ES")
-    add("--trials", type=common.number(int, 2, 10**5), nargs="+",
-        help="episodes per candidate, at first and at most (the paper: 16)")  # fmt: skip
+    add("--popsize", type=common.number(int, 4, 10**5), nargs="+",
+        help="candidates per generation of CMA-ES, at first and at most (the paper: 64)")  # fmt: skip
+    add("--trials", type=common.number(int, 2, 10**5), help="episodes per candidate (the paper: 16)")
     add("--c-steps", type=common.number(int, 1, 10**11), nargs="+", help="steps, real or dreamt, after which C's "
         f"search ends (the paper's CarRacing: 1,800 generations of about a million){several}")  # fmt: skip
     add("--sigma0", type=common.above_zero, default=0.1, help="first standard deviation of CMA-ES")
@@ -81,8 +81,8 @@ def parse_args(argv, steps, description):
     default = dict(run=run, n_mix=5, mixture="dimension", previous=None, test_env=None, log=None)
     args = argparse.Namespace(**default | RECIPES[given.env] | vars(given) | given.sizes)
     args.sizes = ",".join(f"{name}={getattr(args, name)}" for name in SIZES)
-    if len(args.trials) > 2 or args.trials[0] > args.trials[-1]:
-        raise UserError("--trials takes one number, or two of which the second is the larger")
+    if len(args.popsize) > 2 or args.popsize[0] > args.popsize[-1]:
+        raise UserError("--popsize takes one number, or two of which the second is the larger")
     if args.step == "iterate" and len(args.tau) > 1:
         raise UserError(f"iterate trains one C at a time: give one --tau, not {len(args.tau)}")
     if args.step != "iterate":
