@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import vae_mdnrnn as wm
+from lib import common
 from lib.recipes import parse_args, temperature
 from lib.worlds import DreamEnv
 from test_all import SMALL, close, evolve, paraboloid
@@ -97,3 +98,12 @@ def test_the_c_that_is_kept_is_the_one_that_earned_the_score(tmp_path):
     search = evolve(tmp_path / "c.pt", 384)
     returns, _ = paraboloid(search["params"].numpy()[None], seed=0, trials=1)
     assert returns.item() == pytest.approx(search["score"], abs=1e-5)
+
+
+def test_the_learning_rate_rises_before_it_falls(monkeypatch):
+    rates, step, layer = [], torch.optim.Adam.step, torch.nn.Linear(1, 1)
+    record = lambda self: rates.append(self.param_groups[0]["lr"]) or step(self)  # noqa: E731
+    monkeypatch.setattr(torch.optim.Adam, "step", record)
+    common.fit(layer, lambda: {"loss": layer.weight.square().sum()}, steps=100, lr=2.0, seed=0, name="a layer")
+    assert rates[:2] == pytest.approx([0.4, 0.8], rel=1e-3) and rates[50] == pytest.approx(2 * (0.01 + 0.99 / 2))
+    assert (np.diff(rates[:5]) > 0).all() and (np.diff(rates[4:]) < 0).all() and rates[-1] < 0.03
