@@ -825,7 +825,7 @@ def paraboloid(params, seed, trials):
     return np.repeat(-np.square(params - np.arange(5) / 5).sum(1, keepdims=True), trials, 1), len(params) * trials
 
 
-def evolve(path, steps, scores=paraboloid, popsize=(8, 8)):
+def evolve(path, steps, scores=paraboloid, popsize=(8,)):
     return wm.evolve(scores, np.zeros(5), path, list(popsize), 2, steps, 4, seed=2**31 - 1)
 
 

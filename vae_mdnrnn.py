@@ -416,26 +416,25 @@ def evolve(scores, mean, path, popsize, trials, steps, score_trials, sigma0=0.1,
     CMA-ES is deterministic, so the fitness values are its checkpoint: a resumed run tells it the stored values.
     """
 
-    def grow(es, size):
-        if es.popsize == size:
-            return es
-        return cma.CMAEvolutionStrategy(es.mean, es.sigma, {"popsize": size, "seed": seed + size, "verbose": -9})
+    def population(size, mean, sigma, seed=math.nan):  # not a number: the random numbers go on
+        return cma.CMAEvolutionStrategy(mean, sigma, {"popsize": size, "seed": seed, "verbose": -9})
 
     begun = dict(popsize=popsize, trials=trials, score_trials=score_trials, sigma0=sigma0, seed=seed)
-    es = cma.CMAEvolutionStrategy(mean, sigma0, {"popsize": popsize[0], "seed": seed + 1, "verbose": -9})
+    es = population(popsize[0], mean, sigma0, seed + 1)
     search = dict(score=-math.inf, params=torch.tensor(mean, dtype=torch.float32), fitness=[], log=[], begun=begun)
     if path.exists():
         search = recipes.load_search(path, len(mean), begun)
     for values in search["fitness"]:
-        es = grow(es, len(values))
+        if len(values) > es.popsize:
+            es = population(len(values), es.mean, es.sigma)
         es.tell(es.ask(), [-f for f in values])
     log = search["log"]
     done = log[-1]["steps"] if log else 0
     bar = tqdm(total=steps, initial=done, desc=f"train C ({path.stem})", unit="step", unit_scale=True)
     while done < steps:
         last = [row["agreement"] for row in log if row["popsize"] == es.popsize][-5:]
-        if len(last) == 5 and np.mean(last) < 1 / 3:
-            es = grow(es, min(2 * es.popsize, popsize[-1]))
+        if es.popsize < popsize[-1] and len(last) == 5 and np.mean(last) < 1 / 3:
+            es = population(min(2 * es.popsize, popsize[-1]), es.mean, es.sigma)
         candidates = es.ask()
         returns, taken = scores(np.float32(candidates), (seed + 1) * 1_000_003 + len(log) * trials, trials)
         values, done = returns.mean(1), done + taken
