@@ -13,7 +13,7 @@ whole plan; the paper, and a checkpoint of `--variant paper`, has a history of f
 
     python plan.py                                             # the newest run
     python plan.py --ckpt runs/pointmaze_vae --seed 99 7 2024  # 3 x 50 problems
-    python plan.py --baselines random,oracle                   # with its controls, on the same problems
+    python plan.py --baselines random,oracle                   # with controls, on the same problems
     python plan.py --planner cem,gd,mpc-cem,mpc-gd             # the paper's comparison of planners, as a table
     python plan.py --goal-source goals.json                    # problems that --save-targets goals.json wrote
     python plan.py --ckpt runs/pointmaze-large_pca --waypoints graph        # a maze that is longer than the horizon
@@ -27,7 +27,6 @@ above: the graph, the path, and what the ball did. Several planners get a folder
 """
 
 import argparse
-import contextlib
 import time
 from functools import partial
 from pathlib import Path
@@ -36,13 +35,13 @@ import numpy as np
 import torch
 
 from cem import cem, coloured_noise, gradient_descent, mpc, mppi
-from data import Windows, open_dataset, token_cache
-from lib import common, pictures, processes
+from data import Windows, token_cache
+from lib import common, processes, reports
 from lib.common import RANK, UserError, positive
 from lib.pointmaze import SHIFTS, PointMaze
+from lib.problems import get_problems, open_episodes, open_world
 from lib.speed import bench_planning
 from lib.waypoints import Graph, Route
-from lib.worlds import can_be_set, make_env
 from predictor import WorldModel, load_model
 
 CONTROLS = {"random": "random policy", "oracle": "true simulator"}
@@ -169,8 +168,8 @@ def solve(worlds, cost_for, model, args, device, group=0):
 
 
 def in_groups(solve_group, num_problems, planner, title):
-    """Success (max_iter, problems) of all problems. `solve_group(group, problems)` solves some of them at a time. How
-    many does not depend on how torchrun's processes share the groups, so that their number changes no result."""
+    """Success (max_iter, problems) of all problems. `solve_group(group, problems)` solves some of them at a time. The
+    size of the groups is fixed, so that the number of torchrun's processes changes no result."""
     size = 50 if planner.endswith("gd") else 10
     groups = list(enumerate(slice(i, i + size) for i in range(0, num_problems, size)))
     return torch.cat(processes.share(lambda group: solve_group(*group), groups, title), dim=1)
@@ -207,9 +206,10 @@ class Worlds:
     """All problems in one simulation, with a state for each.
 
     `past` {name: (B, history, ...)} are the last `history` observations of each, and `taken`
-    (B, (history - 1) * frameskip, DoF) the actions between them; before the start the ball rests where it is. The first
-    `films` problems are filmed, and their `plans` are kept: what was seen when a plan was made, and its actions. Their
-    `tracks` say where the ball was. If there is a `graph` of waypoints, a `route` leads through it.
+    (B, (history - 1) * frameskip, DoF) the actions between them. Before the start the first observation is repeated,
+    and the actions are zero, although the ball may be moving. The first `films` problems are filmed, and their `plans`
+    are kept: what was seen when a plan was made, and its actions. Their `tracks` say where the ball was. If there is a
+    `graph` of waypoints, a `route` leads through it.
     """
 
     def __init__(self, env, starts, goals, films=0, history=1, frameskip=1, graph=None, group=0):
@@ -256,30 +256,13 @@ class Worlds:
         return self.env.goal_reached(self.states[problems], self.goals[problems])
 
     def film(self):
-        """A frame that nobody plans with. It takes no random number away from the frames that are planned with."""
+        """A frame for the GIF. It has random numbers of its own, so that filming changes nothing for the planner."""
         rng, self.env.shift_rng = self.env.shift_rng, self.film_rng
         frame, self.env.shift_rng = self.env.render(), rng
         return frame
 
 
-# ---- Problems ------------------------------------------------------------------------------------
-
-
-def open_world(model, shift=None):
-    """The environment that a model was trained on, in which problems can be set."""
-    name = model.world["env"]
-    if not can_be_set(name):
-        does = "python -m extras.horizon measures how well the model imagines it, train.py --decoder shows it"
-        raise UserError(f"{name} cannot be put into a start and a goal state, so no plan can be tried in it; {does}")
-    return make_env(name, model.world["img_size"], shift)
-
-
-def open_episodes(args, model):
-    """The data set that --data names, or the model's own. UserError if it is of another world."""
-    dataset = open_dataset(args.data or model.world["data"])
-    if dataset.meta["env"] != model.world["env"]:
-        raise UserError(f"{dataset.path} has env {dataset.meta['env']}, the checkpoint has {model.world['env']}")
-    return dataset
+# ---- One planner, all problems --------------------------------------------------------------------
 
 
 def open_graph(args, model, device):
@@ -288,66 +271,6 @@ def open_graph(args, model, device):
         dataset = open_episodes(args, model)
         pairs = Windows(dataset, dataset.split()[0], 2, model.frameskip)
         return Graph(model, pairs, token_cache(model.encoder, dataset, device), args.goal_H)
-
-
-def get_problems(env, args, model):
-    """Start and goal states (2, problems, state_dim) from where --goal-source says. Those of a data set start in its
-    validation episodes; the goal is what came goal_H model steps later, or where as many random actions lead."""
-    if args.goal_source == "random_state":
-        return random_problems(env, args)
-    if args.goal_source not in ("dset", "random_action"):
-        return read_problems(args.goal_source, env, model.world["env"])
-    dataset, steps = open_episodes(args, model), args.goal_H * model.frameskip
-    train_episodes, episodes = dataset.split()
-    if args.goal_source == "random_action":
-        mean, std = dataset.statistics(train_episodes)["action"]
-    row = dataset.meta["frameskip"]
-    span, rest = divmod(steps, row)
-    if rest:
-        told = f"--goal-H {args.goal_H} is {steps} environment steps"
-        raise UserError(f"{told}, which is no multiple of the {row} that a row of {dataset.path} has")
-    lengths = dataset.episode_ends - dataset.episode_starts
-    episodes = [e for e in episodes if lengths[e] > span]
-    if not episodes:
-        raise UserError(f"no validation episode of {dataset.path} is longer than {span} rows (--goal-H)")
-
-    def draw(rng):
-        episode = rng.choice(episodes)
-        row = dataset.episode_starts[episode] + rng.integers(lengths[episode] - span)
-        start, goal = dataset.states[row], dataset.states[row + span]
-        if args.goal_source == "random_action":  # normal, as the data's actions spread
-            (goal,) = env.simulate(start[None], rng.normal(mean, std, (1, steps, len(mean))))
-        return start, goal
-
-    return random_problems(env, args, draw)
-
-
-def random_problems(env, args, draw=None):
-    """n_evals problems for every seed: random states, or what `draw(generator)` returns."""
-    released = draw is None and hasattr(env, "sample_problem")  # DINO-WM's own problems
-    draw, problems = draw or (lambda rng: (env.sample_state(rng), env.sample_state(rng))), []
-    for seed in args.seed:
-        rng = np.random.default_rng([seed, 1])
-        problems += [env.sample_problem(seed, n) if released else draw(rng) for n in range(args.n_evals)]
-    return np.array(problems, np.float64).swapaxes(0, 1)
-
-
-def read_problems(path, env, env_name):
-    """Start and goal states of `env_name` in a file of --save-targets."""
-    if not Path(path).is_file():
-        raise UserError(f"--goal-source {path}: no such file; known sources are random_state, dset and random_action")
-    content = common.read_json(path)
-    if content.get("env", env_name) != env_name:
-        raise UserError(f"{path} holds problems of {content['env']}, the checkpoint is of {env_name}")
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        problems = np.array([content["starts"], content["goals"]], np.float64)
-        shape = env.sample_state(np.random.default_rng(0)).shape
-        if problems.size and problems.shape[2:] == shape and np.isfinite(problems).all():
-            return problems
-    raise UserError(f"{path} is not a whole file of --save-targets: write it again")
-
-
-# ---- Reporting -----------------------------------------------------------------------------------
 
 
 def run(model, env, starts, goals, args, device, out, graph=None):
@@ -387,65 +310,14 @@ def run(model, env, starts, goals, args, device, out, graph=None):
         return results  # the first process alone writes
     if graph:
         filmed.route.draw(out / "waypoints.png")
-    results["imagination"] = write_films(out, model, filmed, device)
+    results["imagination"] = reports.write_films(out, model, filmed, device)
     common.write_json(out / "results.json", results)
-    k = np.arange(1, len(rates) + 1)
-    lines = [(k, rates, "o-", "world model")]
-    lines += [(k, control, "--", CONTROLS[name]) for name, control in results["controls"].items()]
-    axes = dict(title=f"{n} goals", xlabel="MPC iterations", ylabel="success rate", ylim=(0, 1.02))
-    bands = [(k, *np.transpose(results["interval"]))]
-    pictures.write_plot(out / "success.png", lines, bands, legend="lower right", **axes)
+    reports.write_success(out / "success.png", results, CONTROLS)
     if results["imagination"]:
         scores = ", ".join(f"{name.upper()} {value:.3f}" for name, value in results["imagination"].items())
         print(f"imagined against real frames: {scores}")
     print(f"{seconds:.0f} s for {n} problems; {out}/ holds results.json, success.png and the GIFs")
     return results
-
-
-@torch.no_grad()
-def imagine(model, plans, device):
-    """What the plans of a filmed problem were imagined to look like: frames (1 + model steps, H, W, 3)."""
-    frames = []
-    for seen, actions in plans:
-        z = model.encode({name: torch.from_numpy(o)[None].to(device) for name, o in seen.items()})
-        actions = torch.from_numpy(actions).to(device).reshape(1, -1, model.action_dim)
-        known = z["visual"].shape[1] if frames else z["visual"].shape[1] - 1  # what the first plan started from, too
-        frames.append(model.decode(model.rollout(z, actions)["visual"][:, known:])[0])
-    return np.concatenate(frames)
-
-
-def write_films(out, model, worlds, device):
-    """Writes a GIF for each filmed problem: start, what happened, goal. With a decoder it shows what was imagined, too,
-    and in strips (above what happened, below what was imagined); then it returns how alike they are."""
-    pairs = []
-    for i, film in enumerate(map(np.array, worlds.films)):
-        panels, goal = [film[:1], film], worlds.goal_obs["visual"][i : i + 1]
-        if model.decoder is not None:
-            imagined, real = imagine(model, worlds.plans[i], device), film[:: model.frameskip]
-            pictures.write_strips(out / f"imagined_{i}.png", real, imagined)
-            panels.append(imagined.repeat(model.frameskip, axis=0)[: len(film)])
-            pairs.append((imagined[1:], real[1:]))
-        pictures.write_gif(out / f"problem_{i}.gif", pictures.beside(*panels, goal))
-    return pictures.likeness(*map(np.concatenate, zip(*pairs, strict=True))) if pairs else None
-
-
-def write_table(results, path):
-    """A row for each planner and number of plans: what it searches, and how often it is at the goal by then."""
-    controls = next(iter(results.values()))["controls"]
-    header = ["planner", "search per plan", "plans × model steps", "success [95 %]", *controls, "seconds in all"]
-    rows = [header]
-    for planner, result in results.items():
-        args = result["args"]
-        tried = "gradient steps" if planner.endswith("gd") else f"× {args['num_samples']} candidates"
-        search = f"{args['opt_steps']} {tried}" if args["opt_steps"] else "none"
-        for k, (low, high) in enumerate(result["interval"]):
-            row = [f"`{planner}`", search, f"{k + 1} × {args['n_taken_actions']}"]
-            row += [f"{result['success_by_iter'][k]:.2f} [{low:.2f}, {high:.2f}]"]
-            row += [f"{rates[k]:.2f}" for rates in result["controls"].values()]
-            rows.append([*row, f"{result['seconds']:.0f}"])
-    table = common.markdown_table(rows)
-    common.write_atomic(path, table)
-    print("\n" + table, end="")
 
 
 # ---- The script ----------------------------------------------------------------------------------
@@ -576,7 +448,7 @@ def main():
         folder = out if len(args.planner) == 1 else out / planner
         results[planner] = run(model, env, starts, goals, settle(args, planner, model), device, folder, graph)
     if RANK == 0:
-        write_table(results, out / "table.md")
+        reports.write_table(results, out / "table.md")
 
 
 if __name__ == "__main__":

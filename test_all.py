@@ -48,6 +48,7 @@ import train
 import vae_mdnrnn as wm
 from lib import common, decoders, pictures, pointmaze, processes, recipes, tokenizers, worlds
 from lib.common import UserError, to_tensor
+from lib.problems import random_problems, read_problems
 from lib.weights import load_weights, resnet_names, vit_names, vjepa2_names
 from lib.worlds import make_env
 
@@ -1799,6 +1800,7 @@ def test_training_starts_from_a_released_predictor(workplace, run):
     run(f"train {AC} --predictor-weights robot.pt", "2 of another shape, e.g. action_encoder.weight")
     run(f"train {AC} --lr 1e-12 --predictor-weights fits.pt --name fits")
     after = load_file("runs/fits/model.safetensors")
+    assert all(after[f"{name}_std"].eq(1).all() for name in ("action", "proprio"))  # it takes the world's own units
     for name, tensor in torch.load("fits.pt")["predictor"].items():
         close(after[f"predictor.{name}"], tensor)  # it has hardly moved
 
@@ -1932,7 +1934,7 @@ def test_gradient_descent_comes_closer_to_the_goal_in_imagination(runs):
     for kind, steps in (("randn", 1), ("randn", 40), ("zero", 40)):
         flags = f"--planner gd --opt-steps {steps} --planner-args lr=30,sample_type={kind} --n-evals 4"
         args = plan.settle(plan.get_args(flags.split()), "gd", model)
-        worlds = plan.Worlds(env, *plan.random_problems(env, args), films=4)
+        worlds = plan.Worlds(env, *random_problems(env, args), films=4)
         cost_for = plan.latent_cost(model, worlds, device)
         cost = cost_for(np.arange(4))
         success = plan.solve(worlds, cost_for, model, args, device)
@@ -1946,7 +1948,7 @@ def test_the_true_simulator_reaches_its_goals_and_frames_are_encoded_once_a_plan
     model, env = tiny_model(encoder="pca"), make_env("pointmaze")
     args = plan.get_args("--n-evals 8 --max-iter 3 --opt-steps 4 --num-samples 150".split())
     args = plan.settle(args, "mpc-cem", model)
-    worlds = plan.Worlds(env, *plan.random_problems(env, args), films=1)
+    worlds = plan.Worlds(env, *random_problems(env, args), films=1)
     first, film = worlds.past["visual"][0, -1].copy(), worlds.films[0]
     success = plan.solve(worlds, plan.simulator_cost(worlds), model, args, "cpu")[-1].numpy()
     assert success.mean() >= 0.75 and (env.goal_reached(worlds.states, worlds.goals) == success).all()
@@ -1958,18 +1960,6 @@ def test_the_true_simulator_reaches_its_goals_and_frames_are_encoded_once_a_plan
     plan.solve(worlds, plan.latent_cost(model, worlds, torch.device("cpu")), model, args, "cpu")
     assert [len(call.args[0]["visual"]) for call in encode.mock_calls] == 2 * [8]  # goals, then once a plan
     assert [len(call.args[0]) for call in forward.mock_calls] == [8 * 150] * (4 * 5)  # all candidates in one call
-
-
-def test_what_is_imagined_stands_beside_what_happened():
-    model, env = tiny_model(encoder="pca", decoder=dict(img_size=64, depth=2)), make_env("pointmaze")
-    worlds = plan.Worlds(env, some_states(env, 2), some_states(env, 2), films=1)
-    actions, frames = torch.rand(2, 2, 10) * 2 - 1, []
-    for taken in (actions, actions[:1, :1]):
-        z = model.encode({name: torch.from_numpy(o[:1, -1:].copy()) for name, o in worlds.past.items()})
-        worlds.act(np.arange(len(taken)), taken.numpy())
-        frames.append(model.decode(model.rollout(z, taken[:1])["visual"])[0])
-    expected = np.concatenate([frames[0], frames[1][1:]])
-    assert (plan.imagine(model, worlds.plans[0], "cpu") == expected).all() and len(worlds.films[0]) == 3 * 5 + 1
 
 
 def test_worlds_remember_frames_and_actions():
@@ -2023,9 +2013,9 @@ def test_goals_out_of_a_file_are_those_saved(runs, run):
     command, env = f"plan --ckpt runs/plain {BUDGET}", make_env("pointmaze")
     for source in ("random_action", "random_state"):
         run(f"{command} --goal-source {source} --save-targets goals.json --name first")
-        saved = plan.read_problems("goals.json", env, "pointmaze")
+        saved = read_problems("goals.json", env, "pointmaze")
         assert saved[0].shape == saved[1].shape == (3, 4)
-    assert np.array_equal(saved, plan.random_problems(env, plan.get_args(["--n-evals", "3"])))
+    assert np.array_equal(saved, random_problems(env, plan.get_args(["--n-evals", "3"])))
     run(f"{command} --goal-source goals.json --name second")
     first, second = results("first"), results("second")
     assert first["success_by_iter"] == second["success_by_iter"] and second["n_evals"] == 3

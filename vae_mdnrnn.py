@@ -14,9 +14,9 @@ M alone, in a dream that never renders a frame (TakeCover, section 4). What the 
     torchrun --nproc-per-node 4 vae_mdnrnn.py train-c   # four processes share the population
     python vae_mdnrnn.py bench                      # dream steps per second
 
-Everything lands in runs/worldmodels_<env>, or of `iterate` in runs/worldmodels_<env>_iterate. Training that was killed
-goes on where it stopped when the same command is given again, and what is trained or collected stays. A killed
-`collect` begins again, and `test` always plays.
+Everything lands in runs/worldmodels_<env>; `iterate` writes to runs/worldmodels_<env>_iterate. Training that was killed
+goes on where it stopped when the same command is given again, and what is trained or collected stays. A `collect` that
+was killed begins again, and `test` always plays.
 """
 
 import argparse
@@ -32,9 +32,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from lib import common, pictures, processes, recipes
-from lib.common import RANK, WORLD_SIZE, UserError, bfloat16, fit, to_frames, to_tensor, tqdm
-from lib.decoders import OnePixelDeconv
+from lib import common, pictures, processes, recipes, reports
+from lib.common import RANK, WORLD_SIZE, UserError, bfloat16, fit, to_tensor, tqdm
 from lib.recipes import c_names, first_held_out, load_c, load_data, need, open_report, parse_args, temperature
 from lib.worlds import BATCH, DreamEnv, EpisodePool, play_alone
 
@@ -83,6 +82,13 @@ class VAE(nn.Module):
         return self.decode(sample_z(mu, logvar)), mu, logvar
 
 
+class OnePixelDeconv(nn.ConvTranspose2d):
+    """A transposed convolution of a single pixel, (B, C, 1, 1). A matrix product computes it in a third of the time."""
+
+    def forward(self, x):
+        return (x.flatten(1) @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:]) + self.bias[:, None, None]
+
+
 def sample_z(mu, logvar, generator=None):
     """z ~ N(mu, exp(logvar)), written so that the gradient passes through mu and logvar."""
     noise = torch.randn(mu.shape, generator=generator, device=mu.device)
@@ -104,30 +110,39 @@ def moving(x, before):
     return (change - 2 * change.flatten(1).median(1).values[:, None, None, None]).clamp(0, 0.5)
 
 
+def frames_and_motion(frames, index, starts, device):
+    """The frames `index` as images (B, 3, H, W), and how much their pixels move, (B, 1, H, W). Episodes begin with the
+    frames `starts`."""
+    x, before = (to_tensor(frames[i], device) for i in (index, index - ~np.isin(index, starts)))
+    return x, moving(x, before)
+
+
 def train_vae(
-    vae, frames, steps, lr=1e-3, beta=1.0, kl_tolerance=0.5, focus=0.0, starts=(0,), half=False, transform=None, seed=0,
+    vae, frames, steps, lr=1e-3, beta=1.0, kl_tolerance=0.5, focus=0.0, starts=(0,), bf16=False, transform=None, seed=0,
     **options,
 ):  # fmt: skip
     """Fits the VAE in place to uint8 frames (S, 64, 64, 3), which may be memory-mapped. `options` are `fit`'s.
 
-    V sees and reconstructs images (B, 3, 64, 64), or what `transform` makes of them, with `half` in bfloat16.
+    V sees and reconstructs images (B, 3, 64, 64), to which `transform` is applied first. With `bf16` it computes in
+    bfloat16.
     Deviations: ten times the paper's learning rate, lowered along a cosine, and a third of its batch, for a fraction of
     its frames. `focus` is for worlds in which small things matter: a far fireball is a few pixels among thousands of
-    wall. The error of a pixel weighs 1 + focus * `moving` then, and of 128 frames V sees 32, preferably those in which
-    much moves. Episodes begin with the frames `starts`.
+    wall. The error of a pixel then has the weight 1 + focus * `moving`, and V sees 32 of every 128 frames, more often
+    those in which much moves. Episodes begin with the frames `starts`.
     """
     device = vae.mu.weight.device
 
     def loss():
         index = torch.randint(len(frames), (128 if focus else 32,)).sort().values.numpy()
-        x, weight = to_tensor(frames[index], device), 1.0  # (B, 3, 64, 64)
         if focus:
-            moves = moving(x, to_tensor(frames[index - ~np.isin(index, starts)], device))  # (128, 1, 64, 64)
+            x, moves = frames_and_motion(frames, index, starts, device)  # (128, 3, 64, 64), (128, 1, 64, 64)
             much = moves.sum((1, 2, 3))
             seen = torch.multinomial(much + much.median() + 1e-6, 32)
             x, weight = x[seen], 1 + focus * moves[seen]
+        else:
+            x, weight = to_tensor(frames[index], device), 1.0
         x = transform(x) if transform else x
-        with bfloat16(device, half):
+        with bfloat16(device, bf16):
             recon, mu, logvar = (out.float() for out in vae(x))
         return {"loss": vae_loss(recon, x, mu, logvar, beta, kl_tolerance, weight), "recon": F.mse_loss(recon, x)}
 
@@ -186,21 +201,21 @@ def mdn_sample(logit, mu, logsigma, gumbel, noise, tau=1.0):
     return (mu + math.sqrt(tau) * logsigma.exp() * noise).flatten(-2)
 
 
-def mdnrnn_loss(rnn, z, a, reward, done, valid, restart, done_weight=10.0, half=False):
+def mdnrnn_loss(rnn, z, a, reward, done, valid, restart, done_weight=10.0, bf16=False):
     """Teacher forcing: from z_t, a_t and its state M predicts z_{t+1}; its heads predict done, reward and next action.
 
     All are (B, T, ...), and padded where `valid` (B, T) is false. As in the paper's code the likelihood is divided by
     z_dim, and the rare last step of an episode weighs `done_weight`, which is added to the head's log odds, so that it
-    learns the true ones. With `half` M computes in bfloat16.
+    learns the true ones. With `bf16` M computes in bfloat16.
     """
     both = valid[:, 1:]  # step t + 1 exists, and so does step t
-    with bfloat16(z.device, half):
+    with bfloat16(z.device, bf16):
         h = rnn(z, a, restart)[0]  # (B, T, hidden)
         mixture = rnn.mixture(h[:, :-1][both])
     h, losses = h.float(), {"nll": mdn_nll(*mixture, z[:, 1:][both]).mean() / rnn.z_dim}
     if "done" in rnn.heads:
-        logit, true = rnn.heads["done"](h[valid])[:, 0] + math.log(done_weight), done[valid]
-        losses["done"] = F.binary_cross_entropy_with_logits(logit, true, 1 + (done_weight - 1) * true)
+        logit, target = rnn.heads["done"](h[valid])[:, 0] + math.log(done_weight), done[valid]
+        losses["done"] = F.binary_cross_entropy_with_logits(logit, target, 1 + (done_weight - 1) * target)
     if "reward" in rnn.heads:
         losses["reward"] = F.mse_loss(rnn.heads["reward"](h[valid])[:, 0], reward[valid])
     if "action" in rnn.heads:
@@ -236,14 +251,14 @@ def train_mdnrnn(rnn, latents, dataset, episodes, steps, batch_size=8, lr=1e-3, 
         order = (lengths + torch.rand(len(lengths))).argsort()  # by length, ties in any order
         first = int(torch.randint(1 - batch_size, len(order), ()))  # a window of it, which may hang over the ends
         batch = episodes[order[max(0, first) : first + batch_size]]
-        return mdnrnn_loss(rnn, *whole_episodes(latents, dataset, batch, rnn.mdn.weight.device), half=True)
+        return mdnrnn_loss(rnn, *whole_episodes(latents, dataset, batch, rnn.mdn.weight.device), bf16=True)
 
     return fit(rnn, loss, steps, lr, seed, "train M", clip=1.0, **options)
 
 
 @torch.inference_mode()
 def held_out_losses(rnn, latents, dataset, episodes):
-    """`mdnrnn_loss` of episodes that M has not seen, averaged over batches of 8; the loss of done is its true one."""
+    """`mdnrnn_loss` of episodes that M has not seen, averaged over batches of 8, with a `done_weight` of 1."""
     torch.manual_seed(0)
     arrays = (whole_episodes(latents, dataset, e, rnn.mdn.weight.device) for e in torch.as_tensor(episodes).split(8))
     losses = [mdnrnn_loss(rnn, *batch, done_weight=1.0) for batch in arrays]
@@ -315,21 +330,21 @@ class Dream:
     """Thousands of dreams at once (section 4.2): M draws z_{t+1} and done, and gives the mean of the reward.
 
     A dream begins at the first z of a real episode, with an empty memory; `start` holds mu and logvar, (E, z_dim) each.
-    At a temperature `tau` above 1 it is less certain, and harder to exploit (section 4.3). Without a reward head each
+    At a temperature `tau` above 1 it is less certain, and harder to exploit (section 4.5). Without a reward head each
     step is worth 1, and without a done head a dream lasts `max_steps`.
     Deviation: done is drawn from its probability; the paper's code ends a dream where the weighted one is above 1/2.
     """
 
-    def __init__(self, rnn, start, tau=1.0, max_steps=1000, cell=False, seed=0):
+    def __init__(self, rnn, start, tau=1.0, max_steps=1000, cell=False):
         self.device = rnn.mdn.weight.device
         self.rnn, self.tau, self.max_steps, self.cell = rnn, tau, max_steps, cell
         self.start = [torch.as_tensor(x, dtype=torch.float32, device=self.device) for x in start]
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.generator = torch.Generator(self.device)
         self.random = dict(generator=self.generator, device=self.device)
 
     def reset(self, trial):
-        """Begins dreams and returns what C sees of each, (B, in_dim). Those of one trial, of which `trial` (B,) has the
-        number, draw the same random numbers."""
+        """Begins dreams and returns what C sees of each, (B, in_dim). Dreams with the same number in `trial` (B,) draw
+        the same random numbers."""
         self.t, self.trial, self.trials, (mu, logvar) = 0, trial.to(self.device), int(trial.max()) + 1, self.start
         i = torch.randint(len(mu), (self.trials,), **self.random)
         self.z = sample_z(mu[i], logvar[i], self.generator)[self.trial]
@@ -343,8 +358,8 @@ class Dream:
         h, self.state = self.rnn(self.z[:, None], a[:, None], restart, self.state)
         h, heads, self.t = h[:, 0], self.rnn.heads, self.t + 1  # h (B, hidden)
         logit, mu, logsigma = self.rnn.mixture(h)
-        u = torch.rand(self.trials, *logit.shape[1:], **self.random).clamp_(1e-20, 1 - 1e-7)
-        gumbel, noise = -torch.log(-torch.log(u)), torch.randn(self.trials, *mu.shape[1::2], **self.random)
+        gumbel = -torch.log(-torch.log(torch.rand(self.trials, *logit.shape[1:], **self.random)))
+        noise = torch.randn(self.trials, *mu.shape[1::2], **self.random)
         self.z = mdn_sample(logit, mu, logsigma, gumbel[self.trial], noise[self.trial], self.tau)
         reward = heads["reward"](h)[:, 0] if "reward" in heads else torch.ones(len(h), device=self.device)
         done = torch.full((len(h),), self.t >= self.max_steps, device=self.device)
@@ -361,20 +376,20 @@ class Dream:
 
 
 @torch.inference_mode()
-def dream_returns(dream, controller, own, trial, seed):
-    """What each row of `own` (B, num_params), the weights of a C, earns in a dream, (B,), and how many steps they all
+def dream_returns(dream, controller, params, trial, seed):
+    """What each row of params (B, num_params), the weights of a C, earns in a dream, (B,), and how many steps they all
     take. Dreams with the same number in `trial` (B,) draw the same random numbers."""
     dream.generator.manual_seed(seed)
-    features, alive = dream.reset(trial), torch.arange(len(own), device=dream.device)
-    total, running = torch.zeros(len(own), device=dream.device), torch.ones(len(own), device=dream.device)
+    features, alive = dream.reset(trial), torch.arange(len(params), device=dream.device)
+    total, running = torch.zeros(len(params), device=dream.device), torch.ones(len(params), device=dream.device)
     steps = torch.zeros((), dtype=torch.int64, device=dream.device)
     while running.any():
         if running.mean() < 0.9:  # dreams that are over need no computing
             rows = running.nonzero()[:, 0]
             dream.keep(rows)
-            alive, own, features, running = alive[rows], own[rows], features[rows], running[rows]
+            alive, params, features, running = alive[rows], params[rows], features[rows], running[rows]
         for _ in range(10):  # to ask after each step whether any dream still runs would make a GPU wait
-            features, reward, done = dream.step(controller(own, features))
+            features, reward, done = dream.step(controller(params, features))
             total[alive] += reward * running  # the step that ends a dream counts
             steps += running.sum().long()
             running *= ~done
@@ -384,9 +399,9 @@ def dream_returns(dream, controller, own, trial, seed):
 def dream_scores(dream, controller, params, seed, trials):
     """What every row of params (P, num_params) earns in `trials` dreams, (P, trials), and how many steps they all take.
     All rows meet the same random numbers, as if on the same tracks. The processes of torchrun share the dreams."""
-    own = torch.as_tensor(params, device=dream.device).repeat_interleave(trials, 0)  # each dream has its own C
-    groups = [rows for rows in torch.arange(len(own)).tensor_split(WORLD_SIZE) if len(rows)]
-    dreams = processes.share(lambda rows: dream_returns(dream, controller, own[rows], rows % trials, seed), groups)
+    each = torch.as_tensor(params, device=dream.device).repeat_interleave(trials, 0)  # each dream has its own C
+    groups = [rows for rows in torch.arange(len(each)).tensor_split(WORLD_SIZE) if len(rows)]
+    dreams = processes.share(lambda rows: dream_returns(dream, controller, each[rows], rows % trials, seed), groups)
     returns, steps = zip(*dreams, strict=True)
     return np.concatenate(returns).reshape(len(params), trials), sum(steps)
 
@@ -396,7 +411,7 @@ def real_scores(pool, args, params, seed, trials):
     an episode ends after `--patience` steps without a reward, because few cars come back to the road."""
     limits = dict(steps=args.max_steps, patience=args.patience)
     jobs = [dict(who=p, seed=seed + i, **limits) for p in params for i in range(trials)]
-    parts = np.array_split(np.array(jobs), min(WORLD_SIZE, len(jobs)))  # one for each process of torchrun
+    parts = np.array_split(jobs, min(WORLD_SIZE, len(jobs)))  # one for each process of torchrun
     parts = processes.share(lambda part: list(pool.returns(part.tolist())), parts)
     returns, steps = zip(*itertools.chain(*parts), strict=True)
     return np.reshape(returns, (len(params), trials)), sum(steps)
@@ -408,11 +423,13 @@ def evolve(scores, mean, path, popsize, trials, steps, score_trials, sigma0=0.1,
     scores(params (P, n), seed, trials) -> (P, trials) returns, and the steps that they took. All candidates of a
     generation get the same seed and so drive on the same tracks, or dream on the same random numbers. After every fifth
     generation and the last, the mean is scored over `score_trials` trials, always with the same seed.
-    Deviations: the paper's code also lowers the return of large weights, and has 64 candidates with 16 trials each.
-    Here `popsize` is the first number of candidates and the largest, and each has few trials. At first few candidates
-    show where to go; later they are alike, and luck decides. More candidates average luck out as more trials do, and
-    try more directions. So there are twice as many once the mean returns on one half of the tracks and on the other
-    correlate below 1/3 on average over five generations, which says that luck makes most of the variance.
+    Deviations: the paper's code also lowers the return of large weights, gives tracks to pairs of candidates, scores
+    the mean after every 25th generation over 1,024 trials, and has 64 candidates with 16 trials each. Here `popsize`
+    is the first number of candidates and the largest, and each has few trials. Early on a few candidates suffice to
+    find a direction. Later they differ so little that luck decides their ranking. More candidates average luck out as
+    more trials do, and try more directions. So their number doubles, and the covariance is learned anew, once the mean
+    returns on one half of the tracks and on the other correlate below 1/3 on average over five generations, which says
+    that luck makes most of the variance.
     CMA-ES is deterministic, so the fitness values are its checkpoint: a resumed run tells it the stored values.
     """
 
@@ -439,7 +456,7 @@ def evolve(scores, mean, path, popsize, trials, steps, score_trials, sigma0=0.1,
         returns, taken = scores(np.float32(candidates), (seed + 1) * 1_000_003 + len(log) * trials, trials)
         values, done = returns.mean(1), done + taken
         if not values.min() < values.max():  # a NaN fails the comparison, too
-            cure = "train V and M longer, or raise --tau"
+            cure = "train V and M longer, or, in a dream, raise --tau"
             raise UserError(f"all candidates of generation {len(log) + 1} earn {values[0]:g}: {cure}")
         es.tell(candidates, -values.astype(float))
         row = {"generation": len(log) + 1, "popsize": es.popsize, "best": values.max(), "mean": values.mean()}
@@ -471,7 +488,7 @@ def collect(args):
     if out.exists():
         return print(f"{out}: {len(data.Dataset(out))} episodes are there")
     if args.previous:
-        policy, agents = load_c(args.previous, *c_names(args)), (make_agents, args.previous)
+        policy, agents = load_c(args.previous), (make_agents, args.previous)
         old = data.Dataset(args.previous.run / "data")
         spans = zip(old.episode_starts, old.episode_ends, strict=True)
         before = [{name: getattr(old, name)[start:end] for name in old.ARRAYS} for start, end in spans]
@@ -486,29 +503,32 @@ def collect(args):
 
 def train_v(args):
     """2. V on the frames, then mu and logvar of each frame into latents.npy."""
-    dataset, latents = data.Dataset(need(args, "data", "collect")), args.run / "latents.npy"
+    dataset, path = data.Dataset(need(args, "data", "collect")), args.run / "latents.npy"
     frames, starts = dataset.frames, dataset.episode_starts
-    seen = starts[first_held_out(dataset)]
+    first = starts[first_held_out(dataset)]
     torch.manual_seed(args.seed)
     vae = VAE(args.z_dim).to(args.device)
     if args.previous:
         common.load_fitted(vae, args.previous.run / "vae.safetensors")
-    flags = dict(lr=args.lr, beta=args.beta, focus=args.focus, starts=starts, half=True, seed=args.seed)
-    train_vae(vae, frames[:seen], args.v_steps, path=args.run / "vae.safetensors", report=open_report(args), **flags)
+    flags = dict(lr=args.lr, beta=args.beta, focus=args.focus, starts=starts, bf16=True, seed=args.seed)
+    train_vae(vae, frames[:first], args.v_steps, path=args.run / "vae.safetensors", report=open_report(args), **flags)
     vae.encoder.to(memory_format=torch.channels_last)  # as in `load_models`
-    with torch.inference_mode(), bfloat16(vae.mu.weight.device):
-        if not latents.exists():
-            z = np.empty((2, len(frames), args.z_dim), np.float32)  # small tensors in a list would scatter the memory
-            for i in tqdm(range(0, len(frames), 500), "encode"):
-                z[:, i : i + 500] = torch.stack(vae.encode(to_tensor(frames[i : i + 500], args.device))).float().cpu()
-            common.write_atomic(latents, lambda path: np.save(path, z))
-        index = np.linspace(seen, len(frames) - 1, 500).astype(int)
-        x, before = (to_tensor(frames[i], args.device) for i in (index, index - ~np.isin(index, starts)))
+    with torch.inference_mode(), bfloat16(args.device):
+        if not path.exists():
+            latents = encode_frames(vae, frames, args.device)
+            common.write_atomic(path, lambda temporary: np.save(temporary, latents))
+        index = np.linspace(first, len(frames) - 1, 500).astype(int)
+        x, moves = frames_and_motion(frames, index, starts, args.device)
         recon = vae.decode(vae.encode(x)[0]).float()
-        error, moves = (recon - x).square().mean(1, keepdim=True), moving(x, before)
-        most = moves.sum((1, 2, 3)).topk(12).indices.sort().values
-    print(f"V, held out: squared error {error.mean():.5f}, {(error * moves).sum() / moves.sum():.5f} where things move")
-    pictures.write_strips(args.run / "reconstructions.png", to_frames(x[most]), to_frames(recon[most]))
+        reports.show_reconstructions(args.run / "reconstructions.png", x, recon, moves)
+
+
+def encode_frames(vae, frames, device):
+    """mu and logvar of all frames, (2, S, z_dim)."""
+    z = np.empty((2, len(frames), vae.z_dim), np.float32)  # small tensors in a list would scatter the memory
+    for i in tqdm(range(0, len(frames), 500), "encode"):
+        z[:, i : i + 500] = torch.stack(vae.encode(to_tensor(frames[i : i + 500], device))).float().cpu()
+    return z
 
 
 def train_m(args):
@@ -530,14 +550,14 @@ def train_c(args):
     """4. C by CMA-ES: in the dream (M alone, one C for each --tau), or in the real environment."""
     args.device = processes.join(str(args.device))
     _, rnn, controller = load_models(args)
-    mean = load_c(args.previous, *c_names(args)) if args.previous else np.zeros(controller.num_params)
+    mean = load_c(args.previous) if args.previous else np.zeros(controller.num_params)
     real = args.where == "real"
     with EpisodePool(args.workers, args.env, 64, make_agents, args) if real else contextlib.nullcontext() as pool:
         for name in c_names(args):
             if real:
                 scores = functools.partial(real_scores, pool, args)
             else:
-                rnn = rnn.to(args.device, common.short_numbers(args.device))
+                rnn = rnn.to(args.device, common.fast_dtype(args.device))
                 scores = functools.partial(dream_scores, make_dream(args, rnn, temperature(name)), controller)
             path = args.run / f"c_{name}.pt"
             budget = args.popsize, args.trials, args.c_steps, args.score_trials, args.sigma0, args.seed
@@ -550,33 +570,40 @@ def train_c(args):
 
 def test(args):
     """5. What a random policy, a C of zeros and every trained C earn in --test-episodes real episodes, and each C in as
-    many dreams. A dream is to be believed if it grants each C what the real environment does."""
+    many dreams. A dream can be trusted if every C earns in it what it earns in the real environment."""
     vae, rnn, controller = load_models(args)
-    found = recipes.load_all_c(args) or {name: load_c(args, name) for name in c_names(args)}
-    shown = min(found)  # the C that is filmed, in its median game, and at whose temperature the C of zeros dreams
-    players = {"random": "uniform", "zero": np.zeros(controller.num_params, np.float32), **found}
-    first, results = 777_000_000 + args.seed * 1_000, {}
-    jobs = lambda who, *which: [dict(who=who, seed=first + i, steps=args.max_steps) for i in which]  # noqa: E731
-    with EpisodePool(args.workers, args.test_env or args.env, 64, make_agents, args) as pool:
+    trained = recipes.load_all_c(args) or load_c(args)  # the latter says that train-c comes first
+    shown = next(iter(trained))  # is filmed in its median episode, and the C of zeros dreams at its temperature
+    players = {"random": "uniform", "zero": np.zeros(controller.num_params, np.float32), **trained}
+    env, seed, results = args.test_env or args.env, 777_000_000 + args.seed * 1_000, {}
+    jobs = [dict(seed=seed + i, steps=args.max_steps) for i in range(args.test_episodes)]
+    with EpisodePool(args.workers, env, 64, make_agents, args) as pool:
         for name, who in players.items():
-            episodes = pool.returns(jobs(who, *range(args.test_episodes)))
-            results[name] = {"real": [r for r, _ in tqdm(episodes, f"test {name}", args.test_episodes)]}
-            if name != "random":
-                dream = make_dream(args, rnn, temperature(name if name in found else shown))
-                returns, _ = dream_scores(dream, controller, who[None], 777_000_000 + args.seed, args.test_episodes)
-                results[name]["dream"] = returns[0].tolist()
-        (game,) = pool.map(jobs(found[shown], int(np.argsort(results[shown]["real"])[args.test_episodes // 2])))
-    common.write_json(args.run / "test.json", {"env": args.test_env or args.env, "seed": args.seed, "returns": results})
-    print(f"return over {args.test_episodes} episodes: mean ± standard deviation (and ± 95 % interval of the mean)")
-    for player, where in ((player, where) for player, result in results.items() for where in result):
-        mean, std = np.mean(results[player][where]), np.std(results[player][where])
-        print(f"{player:16} {where:5} {mean:7.1f} ± {std:5.1f} (± {1.96 * std / args.test_episodes**0.5:.1f})")
-    dream, params = DreamEnv(make_dream(args, rnn, temperature(shown)), vae), torch.from_numpy(found[shown])[None]
-    act = lambda obs: controller(params, torch.from_numpy(obs["proprio"])[None])[0]  # noqa: E731
-    dreamt = play_alone(dream, act, args.seed, args.max_steps)["frames"]
-    both = pictures.beside(dreamt[: len(game["frames"])], game["frames"][: len(dreamt)])
-    pictures.write_gif(args.run / "dream.gif", both[::3], duration=85)
+            episodes = pool.returns([job | {"who": who} for job in jobs])
+            results[name] = {"real": [r for r, _ in tqdm(episodes, f"test {name}", len(jobs))]}
+        median = np.argsort(results[shown]["real"])[len(jobs) // 2]
+        (episode,) = pool.map([jobs[median] | {"who": trained[shown]}])
+    for name in ("zero", *trained):
+        dream = make_dream(args, rnn, temperature(name if name in trained else shown))
+        returns, _ = dream_scores(dream, controller, players[name][None], seed, len(jobs))
+        results[name]["dream"] = returns[0].tolist()
+    common.write_json(args.run / "test.json", {"env": env, "seed": args.seed, "returns": results})
+    reports.print_returns(results)
+    film(args, DreamEnv(make_dream(args, rnn, temperature(shown)), vae), controller, trained[shown], episode["frames"])
     return results
+
+
+def film(args, dream, controller, params, real):
+    """Writes dream.gif: C in its dream, and beside it a real episode (T, 64, 64, 3)."""
+    act = lambda obs: controller(*(torch.from_numpy(x)[None] for x in (params, obs["proprio"])))[0]  # noqa: E731
+    dreamt = play_alone(dream, act, args.seed, args.max_steps)["frames"]
+    length = min(len(dreamt), len(real))
+    pictures.write_gif(args.run / "dream.gif", pictures.beside(dreamt[:length:3], real[:length:3]), duration=85)
+
+
+def run_all(args):
+    """All five steps."""
+    return [step(args) for step in (collect, train_v, train_m, train_c, test)][-1]
 
 
 def iterate(args):
@@ -590,7 +617,7 @@ def iterate(args):
         own |= dict(run=args.run / f"iteration{i + 1}", heads=heads, previous=previous)
         previous = argparse.Namespace(**vars(args) | own)
         recipes.begin_run(previous)
-        results = STEPS["all"](previous)
+        results = run_all(previous)
         returns = {**results[c_names(previous)[0]], "random": results["random"]["real"]}
         table.append({"iteration": i + 1, **{who: float(np.mean(r)) for who, r in returns.items()}})
         common.write_csv(args.run / "iterations.csv", table)
@@ -621,11 +648,11 @@ def make_rnn(args, heads):
 
 
 def make_controller(args):
-    return Controller(args.z_dim + args.hidden * (1 + args.cell), args.action_dim, args.bias, args.squash)
+    return Controller(args.in_dim, args.action_dim, args.bias, args.squash)
 
 
 def make_dream(args, rnn, tau=1.0):
-    return Dream(rnn, recipes.load_starts(args), tau, args.max_steps, args.cell, args.seed)
+    return Dream(rnn, recipes.load_starts(args), tau, args.max_steps, args.cell)
 
 
 def make_agents(args):
@@ -635,7 +662,7 @@ def make_agents(args):
 
 
 STEPS = {"collect": collect, "train-v": train_v, "train-m": train_m, "train-c": train_c, "test": test}
-STEPS |= {"all": lambda args: [STEPS[name](args) for name in list(STEPS)[:5]][-1], "iterate": iterate, "bench": bench}
+STEPS |= {"all": run_all, "iterate": iterate, "bench": bench}
 
 
 def main(argv=None):

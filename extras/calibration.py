@@ -45,7 +45,7 @@ def returns_in_dreams(dream, controller, space, weights, episodes):
 def measure(args, taus, episodes):
     """{player: {"game" or the temperature of the dream: returns (episodes,)}} of the run of `args`."""
     _, rnn, controller = wm.load_models(args)
-    rnn = rnn.to(args.device, common.short_numbers(args.device))
+    rnn = rnn.to(args.device, common.fast_dtype(args.device))
     none = np.zeros(controller.num_params, np.float32)
     players = {"never moves": none, "moves at random": None, **recipes.load_all_c(args)}
     env = make_env(args.env)

@@ -56,7 +56,7 @@ def run_script(main):
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             message = f"cannot write {error.filename or 'the output'}: {error.strerror}"
         elif isinstance(error, MemoryError | RuntimeError) and re.search("Memory|out of memory|allocate", repr(error)):
-            message = f"there is not enough memory ({message[:100]}): choose smaller sizes or a smaller --batch-size"
+            message = f"there is not enough memory ({message[:100]}): choose smaller sizes or batches"
         elif not isinstance(error, UserError):
             raise
     finally:
@@ -153,7 +153,7 @@ def has_bfloat16(device):
     return kind == "cpu" and any(known.get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
-def short_numbers(device):
+def fast_dtype(device):
     """The dtype bfloat16 if a device computes with it, and float32 if not."""
     return torch.bfloat16 if has_bfloat16(device) else torch.float32
 

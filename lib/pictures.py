@@ -150,17 +150,24 @@ def write_maze(path, walls, nodes, edges, problems):
     """
     from matplotlib.collections import LineCollection
 
-    figure = new_figure((4 * len(problems), 4))
-    for plot, problem in zip(figure.subplots(1, len(problems), squeeze=False)[0], problems, strict=True):
-        plot.bar(walls[:, 0], 1, width=1, bottom=walls[:, 1] - 0.5, color="0.75")
-        plot.add_collection(LineCollection(nodes[edges], colors="0.85", lw=0.1, zorder=1))
-        plot.scatter(*nodes.T, c=problem["steps"], s=2, cmap="viridis", zorder=2)
-        plot.plot(*problem["path"].T, "-", color="black", lw=1, label="path")
-        plot.plot(*problem["track"].T, "-", color="tab:red", lw=1, label="ball")
+    columns = min(2, len(problems))
+    rows = -(-len(problems) // columns)
+    figure = new_figure((4 * columns + 1, 3.2 * rows + 0.5))
+    plots = figure.subplots(rows, columns, squeeze=False)
+    for plot in plots.flat[len(problems) :]:
+        plot.axis("off")
+    for plot, problem in zip(plots.flat, problems, strict=False):
+        plot.bar(walls[:, 0], 1, width=1, bottom=walls[:, 1] - 0.5, color="0.6")
+        plot.add_collection(LineCollection(nodes[edges], colors="0.7", lw=0.1, zorder=1))
+        dots = plot.scatter(*nodes.T, c=problem["steps"], s=3, cmap="YlGnBu", vmin=0, alpha=0.5, lw=0, zorder=2)
+        plot.plot(*problem["path"].T, "-", color="black", lw=1.5, label="path")
+        plot.plot(*problem["track"].T, "-", color="tab:red", lw=1.5, label="ball")
         plot.plot(*problem["aims"].T, "o", color="tab:orange", mec="black", ms=5, label="waypoints")
         plot.plot(*problem["track"][0], "s", color="white", mec="black", label="start")
         plot.plot(*problem["goal"], "*", color="white", mec="black", ms=12, label="goal")
         plot.set(aspect="equal", xticks=[], yticks=[])
+        plot.margins(0)
+    figure.colorbar(dots, ax=plots, label="model steps to the goal", shrink=0.6)
     figure.legend(*plot.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=5)
     save_figure(path, figure, dpi=120)
 

@@ -80,6 +80,7 @@ def parse_args(argv, steps, description):
     run = Path("runs", f"worldmodels_{given.env}" + "_iterate" * (given.step == "iterate"))
     default = dict(run=run, n_mix=5, mixture="dimension", previous=None, test_env=None, log=None)
     args = argparse.Namespace(**default | RECIPES[given.env] | vars(given) | given.sizes)
+    args.in_dim = args.z_dim + args.hidden * (1 + args.cell)  # what C sees: [z h], or [z h c]
     args.sizes = ",".join(f"{name}={getattr(args, name)}" for name in SIZES)
     if len(args.popsize) > 2 or args.popsize[0] > args.popsize[-1]:
         raise UserError("--popsize takes one number, or two of which the second is the larger")
@@ -169,10 +170,10 @@ def load_starts(args):
     return starts
 
 
-def load_c(args, name):
-    """The weights (n,) float32 of the C called `name`."""
-    path = need(args, f"c_{name}.safetensors", "train-c")
-    size = args.action_dim * (args.z_dim + args.hidden * (1 + args.cell) + args.bias)
+def load_c(args, name=None):
+    """The weights (n,) float32 of the C called `name`, or else of the first that --in and --tau name."""
+    path = need(args, f"c_{name or c_names(args)[0]}.safetensors", "train-c")
+    size = args.action_dim * (args.in_dim + args.bias)
     params = common.load_safetensors(path).get("params")
     if params is None or params.shape != (size,) or not params.isfinite().all():
         raise UserError(f"{path} does not hold the {size} weights of C: remove it, and give train-c again")
@@ -180,16 +181,16 @@ def load_c(args, name):
 
 
 def load_all_c(args):
-    """{name: weights (n,)} of every C that train-c has made in this run."""
+    """{name: weights (n,)} of every C that train-c has made in this run, those that --in and --tau name first."""
     names = [path.stem.removeprefix("c_") for path in sorted(args.run.glob("c_*.safetensors"))]
-    return {name: load_c(args, name) for name in names}
+    return {name: load_c(args, name) for name in sorted(names, key=lambda name: name not in c_names(args))}
 
 
 def load_search(path, size, begun):
     """What `evolve` keeps in `path`, for a C of `size` weights. A search goes on as it was `begun`."""
     search = common.load_tensors(path)
-    params = search.get("params")
-    if not {"begun", "fitness", "log", "score"} <= search.keys() or len(params) != size or not params.isfinite().all():
+    whole = {"begun", "fitness", "log", "params", "score"} <= search.keys()
+    if not whole or len(search["params"]) != size or not search["params"].isfinite().all():
         raise UserError(f"{path} does not hold the search of a C of {size} weights: remove it, and give train-c again")
     if search["begun"] != begun:
         raise UserError(f"{path} was begun with {search['begun']} and not {begun}: remove it, or give these flags")

@@ -71,7 +71,7 @@ def bench_planning(size, device):
 def bench_dreaming(args):
     """Measures how many steps a second untrained M and C make in dreams, of which 1, 64 and 1,024 run at once."""
     rnn = wm.make_rnn(args, args.heads).eval().requires_grad_(False)
-    rnn = rnn.to(args.device, common.short_numbers(args.device))
+    rnn = rnn.to(args.device, common.fast_dtype(args.device))
     dream = wm.Dream(rnn, torch.zeros(2, 1, args.z_dim), 1.0, 10**9, args.cell)
     controller, rates = wm.make_controller(args), []
     for batch in (1, 64, 1024):

@@ -14,6 +14,8 @@ import encoders
 import plan
 import predictor
 import train
+from lib import reports
+from lib.problems import get_problems, random_problems
 from lib.worlds import make_env
 from test_all import TINY, WORLD, close, fake_dataset, refused, some_states, tiny_batch, tiny_model
 
@@ -111,7 +113,7 @@ def test_a_search_is_as_wide_as_it_is_told_and_proposes_what_the_world_can_do(mo
     for planner in ("icem", "cem", "mppi"):
         flags = f"--n-evals 2 --planner {planner} --opt-steps 1 --planner-args var_scale=9,keep=2"
         args = plan.settle(plan.get_args(flags.split()), planner, model)
-        plan.solve(plan.Worlds(env, *plan.random_problems(env, args)), lambda problems: cost, model, args, "cpu")
+        plan.solve(plan.Worlds(env, *random_problems(env, args)), lambda problems: cost, model, args, "cpu")
     proposed = torch.cat(proposed)
     assert proposed.max() == 1 and (proposed == 1).float().mean() > 0.5  # most are beyond the world's bounds
     icem, plain = (call.kwargs for call in asked.call_args_list)
@@ -122,7 +124,7 @@ def test_problems_of_a_data_set_are_goal_h_steps_apart_in_one_validation_episode
     model = types.SimpleNamespace(world=WORLD | {"data": str(dataset.path)}, frameskip=5)
     args = plan.get_args("--goal-source dset --goal-H 2 --n-evals 40".split())
     row = {tuple(state): i for i, state in enumerate(dataset.states[:].astype(float).tolist())}
-    for start, goal in zip(*plan.get_problems(None, args, model), strict=True):
+    for start, goal in zip(*get_problems(None, args, model), strict=True):
         first, last = row[tuple(start)], row[tuple(goal)]
         (episode,) = set(np.searchsorted(dataset.episode_ends, [first, last], side="right"))
         assert last == first + 2 and episode in dataset.split()[1]
@@ -132,3 +134,15 @@ def test_a_v_that_has_collapsed_is_refused(frames, monkeypatch):
     monkeypatch.setattr(encoders, "train_vae", lambda vae, *_, **__: vae.mu.weight.data.zero_())
     with refused("vae has collapsed: all frames have the same latent"):
         encoders.build_encoder("vae").fit(frames)
+
+
+def test_what_is_imagined_stands_beside_what_happened():
+    model, env = tiny_model(encoder="pca", decoder=dict(img_size=64, depth=2)), make_env("pointmaze")
+    worlds = plan.Worlds(env, some_states(env, 2), some_states(env, 2), films=1)
+    actions, frames = torch.rand(2, 2, 10) * 2 - 1, []
+    for taken in (actions, actions[:1, :1]):
+        z = model.encode({name: torch.from_numpy(o[:1, -1:].copy()) for name, o in worlds.past.items()})
+        worlds.act(np.arange(len(taken)), taken.numpy())
+        frames.append(model.decode(model.rollout(z, taken[:1])["visual"])[0])
+    expected = np.concatenate([frames[0], frames[1][1:]])
+    assert (reports.decode_plans(model, worlds.plans[0], "cpu") == expected).all() and len(worlds.films[0]) == 3 * 5 + 1

@@ -15,10 +15,10 @@ import torch
 import yaml
 
 import data
-import plan
 import predictor
 from lib import released, worlds
 from lib.common import UserError
+from lib.problems import random_problems
 from lib.test_agreement import write_run
 from test_all import find_ball
 
@@ -95,7 +95,7 @@ def test_pointmaze_d4rl_poses_the_releases_problems():
         x, y = rng.uniform(0.5, 3.1), rng.uniform(0.5, 3.1)
         if not 1.1 < x < 2.5 or y >= 2.5:  # in a leg of the U, or in its bend
             expected.append([x, y, rng.uniform(-5.2262554, 5.2262554), rng.uniform(-5.2262554, 5.2262554)])
-    starts, goals = plan.random_problems(env, types.SimpleNamespace(seed=[99, 7], n_evals=4))
+    starts, goals = random_problems(env, types.SimpleNamespace(seed=[99, 7], n_evals=4))
     np.testing.assert_array_equal([starts[3], goals[3]], expected)
     np.testing.assert_array_equal(starts[5], env.sample_problem(7, 1)[0])
     with pytest.raises(UserError, match="no problem 0 of --seed 0"):

@@ -143,8 +143,8 @@ class TakeCover(Screen):
 
 
 class DreamEnv(gym.Env):
-    """One dream of vae_mdnrnn.py: `proprio` is what C sees, [z h], and `render()` is what V imagines. Actions lie
-    between `low`, which is [-1, 0, 0] in dreams of CarRacing, and 1."""
+    """One dream of vae_mdnrnn.py: `proprio` is what C sees, [z h] or [z h c], and `render()` is what V imagines. Actions
+    lie between `low`, which is [-1, 0, 0] in dreams of CarRacing, and 1."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
     render_mode = "rgb_array"
@@ -232,8 +232,8 @@ def random_actions(kind, space, rng):
 
 
 def rollout(env, who, seed, steps, frameskip=1, patience=math.inf, film=True):
-    """One episode, as a generator: it yields what is seen, and is sent the action. Only a random policy, of which `who`
-    is the kind, acts by itself. Where the world can be put into a state, the episode begins in a random one.
+    """One episode, as a generator: it yields what is seen, and is sent the action. If `who` names a random policy, no
+    action has to be sent. Where the world can be put into a state, the episode begins in a random one.
 
     Returns {"frames", "states", "actions", "rewards", "dones"}: arrays with a row per model step, which is `frameskip`
     environment steps; no frames without `film`. Frames between two rows are never rendered. The episode is cut short
