@@ -6,12 +6,15 @@ CEM (Rubinstein, 1999) keeps a Gaussian over action sequences and moves it to wh
     E = the topk candidates of least cost     keep the elites
     mean, std <- mean(E), std(E)              and again, opt_steps times
 
-V-JEPA 2-AC (Assran et al., 2025, arXiv:2506.09985; the released code) clips every number of a candidate to
-|a| <= maxnorm, and moves the Gaussian with momentum: mean <- momentum mean + (1 - momentum) mean(E), and std alike. The
-improved CEM (iCEM, Pinneri et al., 2020, arXiv:2008.06389) draws noise whose neighbours in time are alike, with a power
-spectrum 1 / f^beta, and lets some of the elites run again.
+V-JEPA 2-AC (Assran et al., 2025, arXiv:2506.09985; the released code) clips the numbers of a candidate to
+|a| <= maxnorm (here all of them, there all but the gripper's), and moves the Gaussian with momentum:
+mean <- momentum mean + (1 - momentum) mean(E), and std alike.
 
-MPPI (Williams et al., 2017, ICRA) weighs all candidates instead, and its deviation stays what it is:
+The improved CEM (iCEM, Pinneri et al., 2020, arXiv:2008.06389) draws noise whose neighbours in time are alike, with a
+power spectrum 1 / f^beta, and lets some of the elites run again. Deviations: the population does not shrink, no elite
+outlives its plan, and the mean is executed, not the best elite.
+
+MPPI (Williams et al., 2017, ICRA) weighs all candidates instead, and leaves the standard deviation unchanged:
 
     mean <- sum_m w_m a^(m),    w = softmax(-J / lambda)
 

@@ -2,10 +2,10 @@
 
 A data set is a folder of flat arrays with one row per *model step*, which is `frameskip` environment steps:
 
-    frames   (S, H, W, 3) uint8     what is seen at the row
+    frames   (S, H, W, 3) uint8     the observation at this row
     states   (S, P) float32         the true state at the row, which a world model sees as proprioception; P may be 0
     actions  (S, frameskip*DoF)     the environment actions taken from this row on, concatenated
-    rewards  (S,), dones (S,)       what these actions earned, and whether they ended the episode
+    rewards  (S,), dones (S,)       what these actions earned, and whether they ended it (a time limit does not)
     episode_ends (E,)               the row after the last one of each episode
     meta.json                       environment, image size, frameskip, version; seed and policy, or the source
 
@@ -196,8 +196,8 @@ class Windows:
         return {name: torch.from_numpy(array).to(device, torch.float32) for name, array in batch.items()}
 
     def batches(self, order, tokens, batch_size, device, frames=0):
-        """Yields the windows in the given order, a batch at a time. Of several processes each gets its part of every
-        batch, and "weight" is how large that is, in units of an equal part."""
+        """Yields the windows in the given order, a batch at a time. Under torchrun each process gets its share of every
+        batch, and "weight" is how large that is, in units of an equal share."""
         for i in range(0, len(order), batch_size):
             whole = order[i : i + batch_size]
             part = whole[RANK::WORLD_SIZE]

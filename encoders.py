@@ -12,8 +12,8 @@
     no image at all            state                                 the true state is the token
 
 Every image is resized whole (bilinear, antialias) and never cropped, because the border of a frame is part of the
-world. Pretrained encoders normalise pixels by ImageNet's statistics; `dinov2` and `dino_cls` use DINO-WM's 0.5, with
-which EfficientNet-Lite was trained, too.
+world. Pretrained encoders normalise pixels by ImageNet's statistics. `dinov2` and `dino_cls` use a mean and a deviation
+of 0.5, as DINO-WM does; so does EfficientNet-Lite, which was trained with them.
 
 To add an encoder, write a class with `forward` (and `fit`, if it learns) and give it a line in ENCODERS.
 
@@ -39,9 +39,9 @@ from lib.weights import are_here, efficientnet_names, load_weights, resnet_names
 from vae_mdnrnn import VAE, train_vae
 
 DINOV2, DINOV3 = "vit_{}_patch14_dinov2.lvd142m", "vit_{}_patch16_dinov3.lvd1689m"  # timm's names, but for the size
-SIZES = {"small": 384, "base": 768, "large": 1024}  # and their widths
+WIDTHS = {"small": 384, "base": 768, "large": 1024}  # of timm's sizes
 IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-DINO_WM = dict(mean=(0.5,) * 3, std=(0.5,) * 3)  # DINO-WM's own choice for DINOv2 (its datasets/img_transforms.py)
+HALF = dict(mean=(0.5,) * 3, std=(0.5,) * 3)  # DINO-WM's own choice for DINOv2 (its datasets/img_transforms.py)
 
 
 class FrozenEncoder(nn.Module):
@@ -86,10 +86,18 @@ class FrozenEncoder(nn.Module):
         self.mean.copy_(latents.mean(0))
         self.scale.copy_(std + damping * std.max())
 
-    def centre(self, tokens):
-        """Sets the buffers `mean` and `scale` from tokens (S, N, d): the mean at each place, and one deviation."""
+    def centre(self, frames):
+        """Sets the buffers `mean` and `scale` by the tokens of frames: their mean at each place, and one deviation."""
+        self.mean.zero_()
+        self.scale.fill_(1.0)
+        tokens = see_all(self, frames, self.mean.device)  # (S, N, d)
         self.mean.copy_(tokens.mean(0))
         self.scale.copy_((tokens - self.mean).square().mean().sqrt())
+
+
+def some(frames):
+    """Some 4,000 of all frames, evenly spaced."""
+    return frames[:: max(1, len(frames) // 4000)]
 
 
 @torch.no_grad()
@@ -187,7 +195,7 @@ class VAEEncoder(FrozenEncoder):
 
     def fit(self, frames, seed=0, steps=2000, beta=0.01):
         device = self.mean.device
-        sample = see_all(self.filtered, frames[:: max(1, len(frames) // 4000)], device)
+        sample = see_all(self.filtered, some(frames), device)
         self.background.copy_(sample.mean(0))
         self.gain.copy_(0.5 / (sample - self.background).abs().amax())
         self.vae.requires_grad_(True)
@@ -230,7 +238,7 @@ class VJEPATinyEncoder(FrozenEncoder):
     def fit(self, frames, seed=0, steps=1500, batch_size=16, momentum=0.998):
         """Learns from clips of `clip_frames` consecutive frames. UserError if the tokens collapse."""
         device, T = self.mean.device, self.clip_frames
-        sample = frames[:: max(1, len(frames) // 4000)]
+        sample = some(frames)
         self.standardise(see_all(self.resize, sample, device))
 
         def draw():
@@ -278,7 +286,7 @@ class PatchEncoder(FrozenEncoder):
         self.register_buffer("scale", torch.ones(()))
 
     def fit(self, frames, seed=0):
-        self.centre(see_all(self, frames, self.mean.device))
+        self.centre(frames)
         return self
 
     def forward(self, images):
@@ -309,7 +317,7 @@ class ViTEncoder(FrozenEncoder):
     def __init__(self, name, img_size, size, weights, model, pixels, cls=False):
         model = model.format(size)
         patch = int(re.search(r"patch(\d+)", model)[1])
-        super().__init__(name, img_size, SIZES[size], patch)
+        super().__init__(name, img_size, WIDTHS[size], patch)
         # timm has DINOv3 with and without biases of q, k, v. Only with them does every original checkpoint fit.
         self.vit = timm.create_model(model.replace("dinov3.", "dinov3_qkvb."), img_size=img_size, num_classes=0)
         self.pixels, self.cls, self.repository = pixels, cls, f"timm/{model}"
@@ -390,11 +398,11 @@ class EfficientNetEncoder(FrozenEncoder):
         self.register_buffer("scale", torch.ones(()))
 
     def fit(self, frames, seed=0):
-        self.centre(see_all(self, frames[:: max(1, len(frames) // 4000)], self.mean.device))
+        self.centre(some(frames))
         return self
 
     def forward(self, images):
-        pieces = self.normalise(images, **DINO_WM).contiguous(memory_format=torch.channels_last).split(32)
+        pieces = self.normalise(images, **HALF).contiguous(memory_format=torch.channels_last).split(32)
         tokens = torch.cat([self.net(piece) for piece in pieces]).flatten(2).mT  # 32 at a time stay in a CPU's cache
         tokens = tokens.mean(1, keepdim=True) if self.num_patches == 1 else tokens
         return (tokens - self.mean) / self.scale  # (B, N, 112)
@@ -445,20 +453,20 @@ ENCODERS = {
     "vjepa_tiny": Entry(lambda name, img_size, *_: VJEPATinyEncoder(img_size), 64),
     "patches": Entry(lambda name, img_size, *_: PatchEncoder(img_size), 64),
     "state": Entry(lambda *_: StateEncoder(), 64),
-    "dinov2": Entry(partial(ViTEncoder, model=DINOV2, pixels=DINO_WM), 196, SIZES, "Apache-2.0"),
+    "dinov2": Entry(partial(ViTEncoder, model=DINOV2, pixels=HALF), 196, WIDTHS, "Apache-2.0"),
     # DINOv2 with its authors' own normalisation, to compare with DINO-WM's above and with dino_tok and vfm_vae below
-    "dinov2_imagenet": Entry(partial(ViTEncoder, model=DINOV2, pixels=IMAGENET), 196, SIZES, "Apache-2.0"),
-    "dino_cls": Entry(partial(ViTEncoder, model=DINOV2, pixels=DINO_WM, cls=True), 196, SIZES, "Apache-2.0"),
-    "dinov3": Entry(partial(ViTEncoder, model=DINOV3, pixels=IMAGENET), 224, SIZES, "DINOv3 licence"),
+    "dinov2_imagenet": Entry(partial(ViTEncoder, model=DINOV2, pixels=IMAGENET), 196, WIDTHS, "Apache-2.0"),
+    "dino_cls": Entry(partial(ViTEncoder, model=DINOV2, pixels=HALF, cls=True), 196, WIDTHS, "Apache-2.0"),
+    "dinov3": Entry(partial(ViTEncoder, model=DINOV3, pixels=IMAGENET), 224, WIDTHS, "DINOv3 licence"),
     "vjepa2": Entry(VJEPA2Encoder, 256, VJEPA2_SIZES, "MIT"),
     "resnet18": Entry(ResNetEncoder, 224, {}, "BSD-3-Clause"),
     "resnet18_map": Entry(partial(ResNetEncoder, spatial=True), 224, {}, "BSD-3-Clause"),
     "r3m": Entry(partial(ResNetEncoder, repository=None), 224, {}, "MIT"),
     "efficientnet": Entry(EfficientNetEncoder, 64, {}, "Apache-2.0"),
     "efficientnet_pool": Entry(partial(EfficientNetEncoder, pool=True), 64, {}, "Apache-2.0"),
-    "dino_tok": Entry(partial(TokenizerEncoder, tokenizer=DINOTok), 196, SIZES, "Apache-2.0"),
-    "dino_tok_vq": Entry(partial(TokenizerEncoder, tokenizer=partial(DINOTok, codes=512)), 196, SIZES, "Apache-2.0"),
-    "vfm_vae": Entry(partial(TokenizerEncoder, tokenizer=VFMVAE), 196, SIZES, "Apache-2.0"),
+    "dino_tok": Entry(partial(TokenizerEncoder, tokenizer=DINOTok), 196, WIDTHS, "Apache-2.0"),
+    "dino_tok_vq": Entry(partial(TokenizerEncoder, tokenizer=partial(DINOTok, codes=512)), 196, WIDTHS, "Apache-2.0"),
+    "vfm_vae": Entry(partial(TokenizerEncoder, tokenizer=VFMVAE), 196, WIDTHS, "Apache-2.0"),
 }
 
 

@@ -7,8 +7,8 @@
     x^_{t+1} = ViT(x_{t-H+1}, ..., x_t)              causal by frame, free within a frame
     L = mean ||[z, phi(p)]^_{t+1} - sg[z, phi(p)]_{t+1}||^2      over all H next frames in parallel
 
-No loss looks at the part of the output where the action stands, and a rollout puts the next action there. With
-`concat_dim` 0, phi and psi are as wide as z and stand beside the N tokens as two more. Where the paper's text and the
+The loss ignores the action's part of the output, and a rollout overwrites it with the next action. With `concat_dim`
+0, phi and psi are as wide as z and are appended to the N tokens as two more. Where the paper's text and the
 released code disagree, `variant` says which is followed, "repository" or "paper":
 
     psi: one linear layer, or an MLP     proprio: as above, or none     L: over all H next frames, or the last alone
@@ -59,7 +59,7 @@ from lib.weights import load_renamed, model_folder, rename
 
 class Attention(nn.Module):
     """Multi-head self-attention with a pre-norm over x (B, L, D), causal by frames of `tokens` tokens each. Returns the
-    answers for the tokens from `first` on, and the keys and values."""
+    outputs of the tokens from `first` on, and the keys and values."""
 
     def __init__(self, dim, heads, dim_head, dropout):
         super().__init__()
@@ -98,13 +98,13 @@ def run_blocks(blocks, x, tokens, tables=(), newest=False, memory=None):
     With `newest`, only the tokens of the newest frame come out, and nothing is computed twice. While the window grows,
     no frame changes its position and none sees a later one, so the memory keeps the keys and values of the earlier
     frames, and only the newest frame runs through the blocks. When the window slides, all positions change and all
-    frames run, except that the last block answers the newest frame alone.
+    frames run, except that the last block computes the newest frame alone.
     """
     L = x.shape[1]
     known, pasts = memory if memory and memory[0] + tokens == L else (0, [None] * len(blocks))
     x, tables, kept = x[:, known:], [table[known:L] for table in tables], []
     for block, past in zip(blocks, pasts, strict=True):
-        first = x.shape[1] - tokens if newest and block is blocks[-1] else 0  # the first token that wants an answer
+        first = x.shape[1] - tokens if newest and block is blocks[-1] else 0  # the first token whose output is needed
         x, keys_and_values = block(x, *tables, tokens, past, first)
         kept.append(keys_and_values)
     return x, (L, kept) if newest else None
@@ -162,12 +162,13 @@ class ViTPredictor(nn.Module):
 
 
 class RWMPredictor(nn.Module):
-    """The Robotic World Model's transition: a GRU over history and predictions, with heads for mean and deviation.
+    """The Robotic World Model's transition: a GRU over history and predictions, with heads for mean and sigma.
 
-    In training a sample is what the loss sees and what the next step reads; otherwise it is the mean. As in the release
-    the GRU's state is carried on (the paper's window slides), the mean is a change of the last state, and the loss is
-    the sample's squared error, which teaches the deviation to shrink to its bound. The bounds are those from which the
-    release's learned ones start. Deviation: no privileged heads, because the worlds here have no such signals.
+    In training the loss and the next step read a sample, in evaluation the mean. As in the release the GRU's state is
+    carried on (the paper's window slides), the mean is a change of the last state, and the loss is the sample's squared
+    error, which teaches sigma to shrink to its bound. The bounds are those from which the release's learned ones start.
+    Deviations: no privileged heads, because the worlds here have no such signals; and `WorldModel.loss` adds teacher
+    forcing to equation (2), because a plan starts from one frame and not from a history.
     `width` and `depth` are the GRU's, `mlp_dim` is that of the heads; the defaults are the paper's (table S7).
     """
 
@@ -186,8 +187,8 @@ class RWMPredictor(nn.Module):
         )
 
     def distribution(self, state, action, memory=None):
-        """States (B, T, d + e), actions (B, T, a) and the GRU's state (depth, B, width) before them -> the mean and the
-        deviation of the T next states, and the GRU's state after them."""
+        """States (B, T, d + e), actions (B, T, a) and the GRU's state (depth, B, width) before them -> the mean and
+        sigma of the T next states, and the GRU's state after them."""
         h, memory = self.gru(torch.cat([state, action], dim=-1), memory)  # (B, T, width): inner autoregression
         low, high = self.LOG_STD
         log_std = low + (high - low) * torch.sigmoid(self.log_std(h))
@@ -399,8 +400,8 @@ class WorldModel(nn.Module):
         return loss, parts
 
     def forward(self, batch, rollout_steps=1):
-        """What a step of training lowers, and the part of it that is `loss`. A decoder learns with the rest, from the
-        last frame of some windows, since windows overlap; `batch` then has their "frames" (B, 1, H, W, 3)."""
+        """The training objective, and the part of it that is `loss`. A decoder learns with the rest, from the last
+        frame of some windows, since windows overlap; `batch` then has their "frames" (B, 1, H, W, 3)."""
         loss, _ = self.loss(batch, rollout_steps)
         if self.decoder is None:
             return loss, loss.detach()
@@ -409,8 +410,9 @@ class WorldModel(nn.Module):
         return loss + decoder_loss, loss.detach()
 
     def rollout(self, z0, actions):
-        """Imagines what actions (B, T, A) lead to, in the world's units and one per frame from the first on. z0 are the
-        latents of the first frames (B, T0, ...), as `encode` returns them. Returns the latents of T + 1 frames."""
+        """Imagines what follows under actions (B, T, A), which are in the world's units, one per frame from the first
+        known one on. z0 are the latents of the known frames (B, T0, ...), as `encode` returns them. Returns the latents
+        of T + 1 frames."""
         return self.unpack(self.imagine(self.pack(z0), actions))
 
     def imagine(self, z, actions):

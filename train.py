@@ -5,12 +5,12 @@ steps are drawn, and the transition model learns to predict the next latents (`W
 
     python train.py                                  # laptop: PointMaze, PCA latent, no download, minutes
     python train.py --encoder vae                    # the V of World Models instead
-    python train.py --encoder dinov2 --img-size 224  # DINO-WM at the paper's size; wants a GPU
+    python train.py --encoder dinov2 --img-size 224  # DINO-WM as released, 196 patches; needs a GPU
     python train.py --encoder dinov3 --weights model.safetensors
     python train.py --rollout-steps 5 --name own     # learns from its own predictions, too
     python train.py --predictor rwm --encoder state  # the Robotic World Model on the true state
     python train.py --predictor vjepa2_ac            # V-JEPA 2-AC
-    python train.py --variant paper                  # what DINO-WM's text says where its code does otherwise
+    python train.py --variant paper                  # DINO-WM's text, where its code differs from it
     python train.py --decoder                        # and a decoder, to see what it imagines
     python train.py --system dreamer                 # another world model, with an encoder of its own (lib/systems.py)
     torchrun --nproc-per-node 8 train.py --encoder dinov2    # on eight GPUs, with the same global batch
@@ -55,7 +55,7 @@ def train(args):
     directory = common.output_folder("runs", args.name or "_".join([env, args.system or args.encoder, *kinds]))
     device = processes.join(args.device)
 
-    # a run that is there goes on with the flags that it was begun with
+    # an existing run resumes with the flags that it was begun with
     resumed, flags = None, {name: value for name, value in vars(args).items() if name not in ("device", "log", "bench")}
     unfinished = directory / "model.unfinished.pt"
     if unfinished.exists() or (directory / "model.safetensors").exists():
@@ -92,6 +92,8 @@ def train(args):
 
     # the model
     stats, world = dataset.statistics(train_episodes), dict(env=env, img_size=img_size, data=str(dataset.path))
+    if args.predictor_weights:  # the release's predictor takes states and actions in the world's own units
+        stats = {name: (np.zeros_like(mean), np.ones_like(std)) for name, (mean, std) in stats.items()}
     if len({str((len(dataset.frames), statistics)) for statistics in processes.gather(stats)}) > 1:
         raise UserError(f"the processes of torchrun see different data at {dataset.path}: give all of them the same")
     settings = dict(frameskip=args.frameskip, world=world)
@@ -127,7 +129,7 @@ def train(args):
         except (KeyError, RuntimeError, ValueError):
             raise UserError(f"{unfinished} does not go on with this version: remove {directory}") from None
         print(f"{directory}: going on after epoch {len(log)} of {epochs}")
-    parallel = DistributedDataParallel(model) if WORLD_SIZE > 1 else model  # all processes begin as the first one is
+    parallel = DistributedDataParallel(model) if WORLD_SIZE > 1 else model  # all begin with the first one's weights
     tokens = dataset.frames if system else data.token_cache(encoder, dataset, device)
     if RANK == 0:
         common.write_json(directory / "args.json", flags)

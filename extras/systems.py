@@ -10,7 +10,7 @@ the tokens of `pca` and `vae`, which also sees the ball's speed as proprio. Each
                 the last known frame again. avdc knows the true frame five steps ahead, its goal, and no actions
     train, plan the seconds of train.py's loop, without encoding and fitting, and of planning to all goals
 
-    python -m extras.systems                                   # under three hours on two cores
+    python -m extras.systems                                   # about two hours on two cores
     python -m extras.systems --env pointmaze --seeds 1         # one seed in the smallest maze
 
 Writes runs/NAME/: a run of train.py for each maze, system and seed, with its measurements in study.json, results.json

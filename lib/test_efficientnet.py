@@ -10,7 +10,7 @@ import timm
 import torch
 import torchvision.transforms.functional as TF
 
-from encoders import DINO_WM, build_encoder
+from encoders import HALF, build_encoder
 from lib.common import UserError, to_tensor
 from lib.weights import are_here, efficientnet_names, load_weights, package_files
 
@@ -37,7 +37,7 @@ def pretrained():
 @needs_package
 def test_the_weights_see_what_is_in_a_photo(photo, pretrained):
     with torch.no_grad():
-        likely = pretrained(TF.normalize(TF.resize(photo, [224, 224], antialias=True), **DINO_WM)).softmax(1)
+        likely = pretrained(TF.normalize(TF.resize(photo, [224, 224], antialias=True), **HALF)).softmax(1)
     assert likely.argmax() == 652 and likely.max() > 0.3  # ImageNet's class "military uniform"
 
 
@@ -48,7 +48,7 @@ def test_tokens_are_the_map_of_stride_16(photo, pretrained, img_size, tokens):
     features.load_state_dict(pretrained.state_dict(), strict=False)
     images = torch.cat([photo[..., :400], photo[..., -400:]])
     with torch.no_grad():
-        (expected,) = features(TF.resize(TF.normalize(images, **DINO_WM), [img_size, img_size], antialias=True))
+        (expected,) = features(TF.resize(TF.normalize(images, **HALF), [img_size, img_size], antialias=True))
     expected, encoder = expected.flatten(2).mT, build_encoder("efficientnet", img_size)
     assert encoder.num_patches == tokens and encoder.repository == f"pypi:{PACKAGE}" and are_here(encoder.repository)
     torch.testing.assert_close(encoder(images), expected, atol=1e-3, rtol=1e-3)
