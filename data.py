@@ -105,6 +105,26 @@ class Dataset:
         self.episode_starts = np.concatenate([[0], self.episode_ends[:-1]])
         self.check()
 
+    def __len__(self):
+        return len(self.episode_ends)
+
+    def split(self):
+        """Episode numbers (train, validation). As in DINO-WM they are the same whatever the seed of the run."""
+        order = np.random.default_rng(42).permutation(len(self))
+        cut = max(1, round(0.1 * len(self)))
+        return np.sort(order[cut:]), np.sort(order[:cut])
+
+    def rows(self, episodes):
+        """All rows of these episodes."""
+        return np.concatenate([np.arange(self.episode_starts[e], self.episode_ends[e]) for e in episodes])
+
+    def statistics(self, episodes):
+        """Mean and standard deviation, per dimension, of one environment action and of the state in these episodes."""
+        rows = self.rows(episodes)
+        actions = self.actions[rows].reshape(-1, self.actions.shape[1] // self.meta["frameskip"])
+        values = {"action": actions, "proprio": self.states[rows]}
+        return {name: (v.mean(0), v.std(0) + 1e-6) for name, v in values.items()}
+
     def check(self):
         """Raises a UserError unless the parts of the folder fit each other and are finite."""
         ends, rows, meta = self.episode_ends, len(self.states), self.meta
@@ -126,26 +146,6 @@ class Dataset:
             if not good.all():
                 episode = np.searchsorted(ends, good.argmin(), side="right")
                 raise UserError(f"{self.path / name}{self.SUFFIX}: {name} of episode {episode} are not finite numbers")
-
-    def __len__(self):
-        return len(self.episode_ends)
-
-    def split(self):
-        """Episode numbers (train, validation). As in DINO-WM they are the same whatever the seed of the run."""
-        order = np.random.default_rng(42).permutation(len(self))
-        cut = max(1, round(0.1 * len(self)))
-        return np.sort(order[cut:]), np.sort(order[:cut])
-
-    def rows(self, episodes):
-        """All rows of these episodes."""
-        return np.concatenate([np.arange(self.episode_starts[e], self.episode_ends[e]) for e in episodes])
-
-    def statistics(self, episodes):
-        """Mean and standard deviation, per dimension, of one environment action and of the state in these episodes."""
-        rows = self.rows(episodes)
-        actions = self.actions[rows].reshape(-1, self.actions.shape[1] // self.meta["frameskip"])
-        values = {"action": actions, "proprio": self.states[rows]}
-        return {name: (v.mean(0), v.std(0) + 1e-6) for name, v in values.items()}
 
 
 def open_array(path, ndim, kind):

@@ -143,8 +143,8 @@ class TakeCover(Screen):
 
 
 class DreamEnv(gym.Env):
-    """One dream of vae_mdnrnn.py: `proprio` is what C sees, [z h] or [z h c], and `render()` is what V imagines. Actions
-    lie between `low`, which is [-1, 0, 0] in dreams of CarRacing, and 1."""
+    """One dream of vae_mdnrnn.py: `proprio` is what C sees, [z h] or [z h c], and `render()` is what V imagines.
+    Actions lie between `low`, which is [-1, 0, 0] in dreams of CarRacing, and 1."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
     render_mode = "rgb_array"
