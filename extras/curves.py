@@ -46,7 +46,7 @@ def draw(logs, panels, path):
             if panel in curves:
                 count, x, y = curves[panel]
                 plot.plot(x, y, f"C{i}", lw=1, label=run)
-                plot.set(title=" ".join(panel).removeprefix("log "), xlabel=count)
+                plot.set(title=panel[0].replace("log", ""), ylabel=panel[1], xlabel=count)
         numbers = [y for curves in logs.values() if panel in curves for y in curves[panel][2]]
         if 0 < 10 * min(numbers) < max(numbers):
             plot.set_yscale("log")

@@ -56,7 +56,8 @@ def test_curves_of_several_runs_stand_in_one_figure(tmp_path, script, monkeypatc
     drawn = []
     monkeypatch.setattr(curves.pictures, "save_figure", lambda path, figure, dpi: drawn.append(figure))
     assert "4 columns of 2 runs" in script("extras.curves", "a", "b")[1]
-    plots = {plot.get_title(): plot for plot in drawn[0].axes}
+    name = lambda plot: f"{plot.get_title()} {plot.get_ylabel()}".strip()  # noqa: E731
+    plots = {name(plot): plot for plot in drawn[0].axes}
     assert plots.keys() == {"train", "val", "c_real best", "c_real score"}
     assert [list(line.get_ydata()) for line in plots["train"].get_lines()] == [[2, 1], [-1, -2]]
     assert (plots["train"].get_yscale(), plots["val"].get_yscale()) == ("linear", "log")
@@ -64,7 +65,7 @@ def test_curves_of_several_runs_stand_in_one_figure(tmp_path, script, monkeypatc
     assert len(drawn[1].axes) == 1
     Path("b/c_real.csv").write_text("steps,generation,score\n80,1,5.0\n901,2,6.0\n")
     script("extras.curves", "a", "b", "--columns", "score,val")  # one search is ten times as long as the other
-    assert {plot.get_title(): plot.get_xscale() for plot in drawn[2].axes} == {"c_real score": "log", "val": "linear"}
+    assert {name(plot): plot.get_xscale() for plot in drawn[2].axes} == {"c_real score": "log", "val": "linear"}
     assert_refused(
         script("extras.curves", "a", "--columns", "wall"), "no log has wall; they have best, score, train, val"
     )
