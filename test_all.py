@@ -764,7 +764,7 @@ def test_an_agent_acts_before_m_sees_its_action(cell, monkeypatch):
 def test_m_sees_whole_episodes(tmp_path, monkeypatch):
     lengths, seen = [3, 40, 10], set()
 
-    def loss(rnn, z, a, reward, done, valid, restart, half):
+    def loss(rnn, z, a, reward, done, valid, restart, bf16):
         for actions, real, begins in zip(a[..., 0], valid, restart, strict=True):
             episode = int(actions[0] // 1000)
             assert actions[real].tolist() == [1000 * episode + t for t in range(lengths[episode])]
