@@ -144,7 +144,7 @@ def solve(worlds, cost_for, model, args, device, group=0):
 
     @torch.no_grad()
     def plan(problems, mean):
-        if cost_for is None:  # a system that draws the way to the goal does not search for it
+        if cost_for is None:  # a system that generates its plan does not search for it
             return model.plan(worlds, problems, mean.shape[1])
         cost, std = cost_for(problems), torch.full_like(mean, options["var_scale"])
         if method == "gd":

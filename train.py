@@ -165,10 +165,10 @@ def train(args):
             entry |= show_imagination(model, dataset, val_episodes, num_frames, tokens, device, directory)
         log.append(entry | {"seconds": round(time.perf_counter() - start, 2)})
         report("train", epoch + 1, entry)
-        bar.set_postfix_str(f"val {entry['val']:.4f}, copying {entry['copy']:.4f}")
+        bar.set_postfix_str(f"next latent {entry['val_visual']:.4f}, copying {entry['copy']:.4f}")
         common.write_csv(directory / "log.csv", log)
-        styles = {"train": "-", "val": "-", "copy": ":"}
-        pictures.write_log_plot(directory / "curves.png", log, "epoch", styles, ylabel="latent error", yscale="log")
+        styles = {"train": "-", "val": "-", "val_visual": "--", "copy": ":"}  # the last two are of the next latent
+        pictures.write_log_plot(directory / "curves.png", log, "epoch", styles, ylabel="loss, error", yscale="log")
         if epoch + 1 < epochs:
             states = {"model": model, "optimizer": optimizer, "schedule": schedule}
             states = {name: part.state_dict() for name, part in states.items()}

@@ -1,7 +1,7 @@
-"""Can a dream be believed? What simple players, and each C of a run, earn in the game and in dreams of it.
+"""Can a dream be trusted? Compares what simple players, and each C of a run, earn in the game and in dreams of it.
 
-A dream teaches C about the game if it grants a player what the game does (section 4.3 of World Models, and its table of
-temperatures). Two players need no training: one that never moves, which is a C of zeros, and one that moves at random.
+A dream teaches C about the game if it gives a player the same return as the game (section 4.5 of World Models, and its
+table of temperatures). Two players need no training: a C of zeros, which never moves in TakeCover, and a random one.
 The games are not those that `test` plays, so that a temperature may be chosen by them.
 
     python -m extras.calibration                                         # of runs/worldmodels_takecover
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import vae_mdnrnn as wm
-from lib import common, pictures, recipes
+from lib import common, pictures, recipes, reports
 from lib.common import tqdm
 from lib.worlds import EpisodePool, make_env
 
@@ -46,8 +46,8 @@ def measure(args, taus, episodes):
     """{player: {"game" or the temperature of the dream: returns (episodes,)}} of the run of `args`."""
     _, rnn, controller = wm.load_models(args)
     rnn = rnn.to(args.device, common.fast_dtype(args.device))
-    none = np.zeros(controller.num_params, np.float32)
-    players = {"never moves": none, "moves at random": None, **recipes.load_all_c(args)}
+    zero = np.zeros(controller.num_params, np.float32)
+    players = {"zero": zero, "random": None, **recipes.load_all_c(args)}
     env = make_env(args.env)
     env.close()
     results = {}
@@ -68,7 +68,7 @@ def report(results, taus, run):
         mean, std = (np.array([f(returns[column]) for column in columns]) for f in (np.mean, np.std))
         half = 1.96 * std / len(returns["game"]) ** 0.5
         game, around = mean[:1].repeat(len(taus)), half[:1].repeat(len(taus))
-        rows.append([name, *(f"{m:.0f} ± {s:.0f} (± {h:.0f})" for m, s, h in zip(mean, std, half, strict=True))])
+        rows.append([name, *(reports.spread(returns[column], digits=0) for column in columns)])
         lines += [(taus, mean[1:], f"C{i}o-", name), (taus, game, f"C{i}:", None)]
         bands += [(taus, mean[1:] - half[1:], mean[1:] + half[1:]), (taus, game - around, game + around)]
     table = common.markdown_table(rows)

@@ -5,10 +5,10 @@ shows a frame with the visual latent z_h, and the model has imagined z^_h:
 
     e_h = mean ||z^_h - z_h||^2 / Var z        over the trajectories and the numbers of a latent
 
-At e_h = 1 imagination is as bad as always saying the mean. Each curve stands beside two others: "copy" says the last
-known frame again, and "simulator" is the true world from a state moved by a hundredth of the data's standard deviation.
-If the world cannot be put into a state, or is not one of ours, the trajectories are windows of the validation episodes
-of the model's data set, and there is no simulator.
+At e_h = 1 imagination is no better than always predicting the mean. Each curve stands beside two others: "copy" repeats
+the last known frame, and "simulator" is the true world from a state moved by a hundredth of the data's standard
+deviation. If the world cannot be put into a state, or is not one of ours, the trajectories are windows of the
+validation episodes of the model's data set, and there is no simulator.
 
     python -m extras.horizon --ckpt runs/a runs/b --steps 20
 
@@ -60,8 +60,8 @@ def simulated(env, model, before, T, count, rng):
 
 
 def recorded(dataset, model, before, T, count, rng):
-    """The same of windows of a data set's validation episodes, drawn at random. The third result is None,
-    because nobody can move that world."""
+    """The same for windows of a data set's validation episodes, drawn at random. The third result is None, because a
+    recording cannot start elsewhere."""
     episodes, length = dataset.split()[1], before + 1 + T
     longest = (dataset.episode_ends - dataset.episode_starts)[episodes].max() * dataset.meta["frameskip"]
     if length > longest // model.frameskip:
@@ -120,7 +120,7 @@ def main():
     add = parser.add_argument
     add("--ckpt", nargs="+", help="the runs to compare, ours or released by DINO-WM (default: the newest under runs/)")
     add("--steps", type=common.positive, default=20, help="number of model steps to imagine")
-    add("--seed", type=common.seed_number, nargs="+", default=[99], help="seeds of the one generator of trajectories")
+    add("--seed", type=common.seed_number, nargs="+", default=[99], help="seeds for sampling the trajectories")
     add("--n-evals", type=common.positive, default=50, help="number of trajectories for each seed that is given")
     add("--shift", choices=SHIFTS, help="let the world look different from how it looked in training")
     data = "data set of a released run's statistics, and of a world that cannot be put into a state "
@@ -133,7 +133,7 @@ def main():
     out = common.output_folder("plan_outputs", args.name or Path(args.ckpt[0]).resolve().name)
     models = {run: load_model(run, device, args.data, args.weights) for run in args.ckpt}
     if drawn := [run for run, model in models.items() if not hasattr(model, "rollout")]:
-        raise common.UserError(f"{drawn[0]} draws the way to a goal, and cannot say what actions lead to")
+        raise common.UserError(f"{drawn[0]} generates a video to the goal, and cannot predict the outcome of actions")
     if mixed := [run for run, model in models.items() if not getattr(model, "alone", True)]:
         raise common.UserError(f"a latent of {mixed[0]} depends on earlier frames, so imagined ones have no true ones")
     if len({(model.world["env"], model.world["img_size"], model.frameskip) for model in models.values()}) > 1:

@@ -1,11 +1,11 @@
-"""A page in the browser, on which one plays in M's dream and sets goals for the planner.
+"""A page in the browser for playing in M's dream, and for setting goals for the planner.
 
 *Dream* (World Models, Ha & Schmidhuber, 2018, arXiv:1803.10122, section 4): the arrow keys act in a dream of M, which V
-decodes, and in the real game beside it. The temperature can be turned while one plays, and C can play, too.
+decodes, and in the real game beside it. You can change the temperature while playing, and C can play, too.
 
-*Plan* (DINO-WM, Zhou et al., 2024, arXiv:2411.04983, section 3.3): a click says where the ball shall go. The page shows
-where the planner's candidates end in the model's imagination, from iteration to iteration, and then the plan that is
-executed, and the next plan. A linear probe (lib/probe.py) reads the ball's place off what is imagined.
+*Plan* (DINO-WM, Zhou et al., 2024, arXiv:2411.04983, section 3.3): a click says where the ball should go. The page
+shows where the planner's candidates end in the model's imagination, from iteration to iteration, and then the plan that
+is executed, and the next plan. A linear probe (lib/probe.py) decodes the ball's position from imagined latents.
 
     python -m extras.play                                                 # the models in assets/models
     python -m extras.play --run runs/worldmodels_carracing                # in the dream of another run
@@ -126,7 +126,7 @@ class DreamGame:
                     side.step(self.args.max_steps)
 
     async def tick(self):
-        """The page's clock calls it FPS times a second. Somebody has to play, and to look."""
+        """The page's clock calls it FPS times a second. Nothing moves until someone plays with this tab open."""
         self.begun = self.begun or self.c_plays
         if self.begun and self.tab == "Dream":
             await asyncio.wrap_future(self.thread.submit(self.step))
@@ -150,7 +150,7 @@ class DreamGame:
 
 
 class Attempt(plan.Worlds):
-    """The way to one goal, which is shown while it is planned and gone, until another turn of the game begins."""
+    """One attempt at a goal, shown while it is planned and executed, until another turn of the game begins."""
 
     def __init__(self, game, turn, goal, args):
         self.game, self.turn, self.args, (self.model, env, self.probe) = game, turn, args, game.maze
@@ -197,7 +197,7 @@ class Attempt(plan.Worlds):
 
 
 class PlanGame:
-    """A ball, and a planner that brings it where one clicks, in one thread, because a renderer belongs to a thread."""
+    """Moves the ball to wherever one clicks, in one thread, because a renderer belongs to a thread."""
 
     def __init__(self, ckpts):
         self.run, self.planner, self.candidates, self.turn = ckpts[0], "icem", 100, 0
@@ -224,7 +224,7 @@ class PlanGame:
         self.state = probe.states[turn % len(probe.states)] * [1, 1, 0, 0]
         env.set_state(self.state)
         self.picture, self.goal, self.overlay = data_uri(env.render()), "", ""
-        self.status = "Click where the ball shall go."
+        self.status = "Click where the ball should go."
 
     def solve(self, turn, pixel):
         """Plans and acts until the ball is where one has clicked."""
@@ -332,9 +332,6 @@ def main():
     if not args.run and not args.ckpt:
         dreams, models = (sorted(SHIPPED.glob(f"*/{name}.safetensors")) for name in ("rnn", "model"))
         args.run, args.ckpt = dreams[0].parent if dreams else None, [str(path.parent) for path in models]
-        if not dreams and not models:
-            runs = "python train.py makes a run for --ckpt, and python vae_mdnrnn.py all one for --run"
-            raise UserError(f"there is no model in {SHIPPED}: {runs}")
     games = {"Dream": DreamGame(args.run)} if args.run else {}
     games |= {"Plan": PlanGame(args.ckpt)} if args.ckpt else {}
     if args.run:

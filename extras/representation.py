@@ -43,6 +43,7 @@ from extras.horizon import horizon_error
 from lib import common, pictures, processes
 from lib.common import CORES, RANK, WORLD_SIZE, UserError, positive, tqdm
 from lib.pointmaze import SHIFTS
+from lib.probe import ridge_regression
 from lib.worlds import ENVIRONMENTS, make_env
 from predictor import WorldModel
 
@@ -91,8 +92,8 @@ def plan_args(args, seed):
 
 
 def measure(args, env_name, encoder, seed, steps):
-    """Trains one run, plans with it, and returns what is measured; of the curve's other runs this is success alone. For
-    CONTROLS it measures the controls."""
+    """Trains one run, plans with it, and returns what is measured. The curve's other runs are not probed. For CONTROLS
+    it measures the controls."""
     if encoder == CONTROLS:
         return measure_controls(args, env_name, seed)
     directory, device = run_path(args, env_name, encoder, seed, steps), torch.device(args.device)
@@ -122,18 +123,12 @@ def measure(args, env_name, encoder, seed, steps):
     return result
 
 
-def linear_probe(tokens, states, rows, ridge=1e-4):
-    """R^2 (P,) of states (S, P) that are read linearly off all numbers of a frame's tokens (S, N, d). A frame may have
-    more numbers than there are rows, so ridge regression is solved in its dual form, X^T (X X^T + lambda I)^-1 Y.
-    `rows` is a pair: the rows to learn from, and the rows to measure on."""
-    x, x_val, y, truth = (torch.from_numpy(a[r].astype(float)).flatten(1) for a in (tokens, states) for r in rows)
-    mean, center = x.mean(0), y.mean(0)
-    x -= mean
-    gram = x @ x.T
-    gram.diagonal().add_(ridge * gram.trace())
-    readout = x.T @ torch.linalg.solve(gram, y - center)
-    error = (x_val - mean) @ readout + center - truth
-    return (1 - error.square().mean(0) / truth.var(0, unbiased=False)).tolist()
+def linear_probe(tokens, states, rows):
+    """R^2 (P,) of states (S, P) that are read off all numbers of a frame's tokens (S, N, d) by ridge regression. `rows`
+    is a pair: the rows to learn from, and the rows to measure on."""
+    x, x_val, y, truth = (a[r].astype(float).reshape(len(r), -1) for a in (tokens, states) for r in rows)
+    error = ridge_regression(x, y)(x_val) - truth
+    return (1 - np.square(error).mean(0) / truth.var(0)).tolist()
 
 
 def distance_correlation(tokens, states, within=2.0):
@@ -311,10 +306,7 @@ def get_args():
     parser = common.Parser(description=__doc__.split("\n")[0])
     add, mazes = parser.add_argument, [name for name in ENVIRONMENTS if name.startswith("pointmaze")]
     laptop = "pca,vae,vae_map,patches,vjepa_tiny,efficientnet,efficientnet@random,efficientnet_pool"
-
-    def several(parse):  # "a,b,c" becomes a list of what `parse` makes of each part, without repetitions
-        return lambda text: list(dict.fromkeys(parse(part) for part in text.split(",") if part))
-
+    several = common.several
     add("--encoder", type=several(str), default=laptop, help="encoders, as ENCODER or ENCODER@WEIGHTS (see train.py)")
     add("--env", type=common.names(mazes), default=",".join(mazes[:3]), help="mazes to compare them in")
     add("--seeds", type=several(common.seed_number), default="0,1,2", help="seeds of training")
@@ -363,8 +355,6 @@ def main():
     budgets = [round(share * args.steps) for share in CURVE] if args.curve in args.encoder else []
     budgets = {n: (args.env[0], args.curve, args.seeds[0], n) for n in budgets if n}
     jobs = list(dict.fromkeys([*budgets.values(), *jobs]))
-    if WORLD_SIZE > len(jobs):
-        raise UserError(f"the study has {len(jobs)} runs, which is too few for {WORLD_SIZE} processes")
     measured = run_jobs(args, measure, {job: run_path(args, *job) for job in jobs}, "study")
     if RANK:
         return  # the first process alone writes

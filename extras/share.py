@@ -1,4 +1,4 @@
-"""Gives a trained model away: to the Hugging Face hub, with a card that tells how it was made, or into a small folder.
+"""Publishes a trained model: on the Hugging Face hub, with a card that tells how it was made, or in a small folder.
 
     python -m extras.share runs/pointmaze_pca USER/NAME             # then anyone: python plan.py --ckpt USER/NAME
     python -m extras.share runs/worldmodels_takecover USER/NAME     # V, M and C of vae_mdnrnn.py
@@ -20,6 +20,7 @@ import safetensors.torch
 
 import train
 import vae_mdnrnn as wm
+from encoders import ENCODERS
 from lib import common
 from lib.common import UserError
 from lib.recipes import load_starts, open_run, parse_args
@@ -37,7 +38,8 @@ def command(script, flags, default):
 
 
 def share_model(run, plans):
-    """What is shared of a run of train.py: the card's text, the files {name: bytes} and the paths of safetensors."""
+    """What is shared of a run of train.py: the card's text, the files {name: bytes}, the paths of safetensors, and the
+    fields of the card's head."""
     folder, flags = model_folder(run), common.read_json(run / "args.json")
     WorldModel.from_pretrained(run)  # it is whole
     config, table = common.read_json(folder / "config.json"), plans / "table.md"
@@ -55,12 +57,15 @@ def share_model(run, plans):
         if of != run.resolve() or table.stat().st_mtime < (folder / "model.safetensors").stat().st_mtime:
             raise UserError(f"{plans} has the results of another model: give --plans, or plan with --ckpt {run}")
         text += f"\nSuccess in reaching goal images, with 95 % intervals:\n\n{table.read_text()}"
+    encoder = config.get("encoder", "pca").partition("-")[0]  # whose weights are shared, too
+    licence = ENCODERS[encoder].licence or "MIT"
+    terms = {"license": "other", "license_name": licence} if " " in licence else {"license": licence.lower()}
     files = {"config.json": (folder / "config.json").read_bytes(), "args.json": (run / "args.json").read_bytes()}
-    return text, files, [folder / "model.safetensors"]
+    return text, files, [folder / "model.safetensors"], terms | {"pipeline_tag": "robotics"}
 
 
 def share_dream(run):
-    """The same of a run of vae_mdnrnn.py. C goes without the course of its search."""
+    """The same for a run of vae_mdnrnn.py. The history of C's search is left out."""
     args, flags = open_run(run, wm.STEPS), common.read_json(run / "args.json")
     wm.load_models(args)  # they are whole
     step = "all" if args.run == run else "iterate"
@@ -80,7 +85,8 @@ def share_dream(run):
     starts = io.BytesIO()
     np.save(starts, np.float32(load_starts(args)))
     models = [args.run / "vae.safetensors", args.run / "rnn.safetensors", *sorted(args.run.glob("c_*.safetensors"))]
-    return text, {"starts.npy": starts.getvalue(), "args.json": (args.run / "args.json").read_bytes()}, models
+    files = {"starts.npy": starts.getvalue(), "args.json": (args.run / "args.json").read_bytes()}
+    return text, files, models, {"license": "mit", "pipeline_tag": "reinforcement-learning"}
 
 
 def as_bytes(path, half):
@@ -121,7 +127,7 @@ def main():
         raise UserError(f"{args.folder} is there: remove it, or choose another folder")
     dreams = (args.run / "vae.safetensors").exists() or list(args.run.glob("iteration*"))
     plans = args.plans or Path("plan_outputs") / name
-    text, files, models = share_dream(args.run) if dreams else share_model(args.run, plans)
+    text, files, models, head = share_dream(args.run) if dreams else share_model(args.run, plans)
     files |= {path.name: as_bytes(path, args.half) for path in models}
     if args.folder:
         with common.whole(args.folder, folder=True) as folder:
@@ -129,7 +135,7 @@ def main():
                 (folder / file).write_bytes(content)
         return print(f"{args.folder}: {sum(map(len, files.values())) / 1e6:.1f} MB")
     repository, pictures = args.repository or "USER/NAME", [args.run / picture for picture in PICTURES]
-    data = hub.ModelCardData(license="mit", tags=["world-model"], pipeline_tag="robotics")
+    data = hub.ModelCardData(**head, tags=["world-model"])
     card = f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{text.replace('REPOSITORY', repository)}"
     files = {"README.md": card.encode()} | files | {path.name: path.read_bytes() for path in pictures if path.exists()}
     if args.dry_run:

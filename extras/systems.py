@@ -1,9 +1,9 @@
 """The systems side by side: how well does each kind of world model plan, with the same data, goals and search?
 
 DINO-WM (Zhou et al., 2024, arXiv:2411.04983) compares itself with IRIS, DreamerV3 and TD-MPC2 (its tables 1 and 2) and
-with AVDC (its table 9), and shows no code for them. Here they are trained on the same random motion, without rewards,
-and plan to the same goal images: `dreamer`, `iris`, `tdmpc2`, `lewm` and `avdc` from lib/, and DINO-WM's transition on
-the tokens of `pca` and `vae`, which also sees the ball's speed as proprio. Each run measures
+with AVDC (its table 9), and has released no code for them. Here they are trained on the same random motion, without
+rewards, and plan to the same goal images: `dreamer`, `iris`, `tdmpc2`, `lewm` and `avdc` from lib/, and DINO-WM's
+transition on the tokens of `pca` and `vae`, which also sees the ball's speed as proprio. Each run measures
 
     within k    the share of goals that are reached within k plans, with a 95 % interval (Wilson, 1927)
     PSNR h      the PSNR of frames imagined h model steps ahead, in dB, over validation windows; the row "copy" shows
@@ -14,8 +14,8 @@ the tokens of `pca` and `vae`, which also sees the ball's speed as proprio. Each
     python -m extras.systems --env pointmaze --seeds 1         # one seed in the smallest maze
 
 Writes runs/NAME/: a run of train.py for each maze, system and seed, with its measurements in study.json, results.json
-and GIFs; table.md, systems.png, and imagined.png, what each imagines below what happens. The same command goes on with
-what was interrupted, and it may name more systems, mazes or seeds than before.
+and GIFs; table.md, systems.png, and imagined.png, each system's imagination below the true frames. The same command
+goes on with what was interrupted, and it may name more systems, mazes or seeds than before.
 """
 
 from pathlib import Path
@@ -89,7 +89,7 @@ def imagine(model, count, device):
     real = batch["visual"].byte()
     if hasattr(model, "plan"):
         steps = model.num_frames - model.context
-        film = model.draw(real[:, KNOWN - model.context : KNOWN], real[:, KNOWN + steps - 1])
+        film = model.generate(real[:, KNOWN - model.context : KNOWN], real[:, KNOWN + steps - 1])
         return real.cpu().numpy(), model.decode(film.flatten(2)[:, :, None])
     first = KNOWN - model.context
     z = model.encode({"visual": real[:, first:KNOWN], "proprio": batch["proprio"][:, first:KNOWN]})

@@ -229,14 +229,14 @@ def test_dreams_stand_beside_games(tmp_path, script, one_process):
     code, out, err = script("extras.calibration", "--run", tmp_path, "--tau", 2, "0.5", "--episodes", 3)
     assert code == 0, err
     players = json.loads((tmp_path / "calibration.json").read_text())
-    assert list(players) == ["never moves", "moves at random", "dream_tau1"]
+    assert list(players) == ["zero", "random", "dream_tau1"]
     assert all(list(returns) == ["game", "0.5", "2"] for returns in players.values())
     assert all(returns[tau] == [4, 4, 4] for returns in players.values() for tau in ("0.5", "2"))
     still = lambda obs: np.zeros(2, np.float32)  # noqa: E731
     games = [play_alone(make_env("pointmaze"), still, calibration.SEED + i, 8) for i in range(3)]
-    assert np.allclose(players["never moves"]["game"], [game["rewards"].sum() for game in games], atol=1e-6)
-    assert players["moves at random"]["game"] != players["never moves"]["game"]
-    assert "| never moves |" in out and out.count("4 ± 0 (± 0)") == 6
+    assert np.allclose(players["zero"]["game"], [game["rewards"].sum() for game in games], atol=1e-6)
+    assert players["random"]["game"] != players["zero"]["game"]
+    assert "| zero |" in out and out.count("4 ± 0 (± 0)") == 6
     assert (tmp_path / "calibration.png").exists()
 
 

@@ -93,7 +93,11 @@ def test_v_m_and_c_are_shared(tmp_path, script, monkeypatch):
     }
     card = (shared / "README.md").read_text()
     assert "vae_mdnrnn.py all --env pointmaze --max-steps 8 --episodes 6" in card
-    assert "| dream_tau1 | real | " in card and "--sizes " + SMALL[SMALL.index("--sizes") + 1] in card
+    assert (
+        "pipeline_tag: reinforcement-learning" in card
+        and "| dream_tau1 | real | " in card
+        and "--sizes " + SMALL[SMALL.index("--sizes") + 1] in card
+    )
     shutil.copytree("run", "rounds/iteration2")  # a run of iterate, of which two iterations are there
     flags = json.loads(Path("run/args.json").read_text()) | {"episodes": [6, 2], "v_steps": [4], "m_steps": [6, 3]}
     Path("rounds/args.json").write_text(json.dumps(flags))

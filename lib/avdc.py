@@ -1,30 +1,32 @@
-"""AVDC (Ko et al., 2023, arXiv:2310.08576; github.com/flow-diffusion/AVDC): draw a film to the goal, and act it out.
+"""AVDC (Ko et al., 2023, arXiv:2310.08576; flow-diffusion/AVDC): generate a video to the goal, and act it out.
 
-A diffusion model draws the next FRAMES frames x, given the last ones and the goal, which is the last frame of the film
+A diffusion model generates the next FRAMES frames x, given the last ones and the goal, which is the last of them
 (section 3.1, and as released):
 
     x_t = alpha_t x + sigma_t n,    n ~ N(0, 1),    alpha_t^2 = 1 - sigma_t^2 = prod_{s <= t} (1 - beta_s)
     v = alpha_t n - sigma_t x                                  the target of the network (Salimans & Ho, 2022)
     L = mean min(SNR_t, 5) / (SNR_t + 1) ||v^(x_t, t) - v||^2,       SNR_t = alpha_t^2 / sigma_t^2 (Hang et al., 2023)
 
-with the cosine schedule of Nichol & Dhariwal (2021). A film is drawn from noise in a few steps t -> t' of DDIM (Song et
-al., 2021), without new noise:
+with the cosine schedule of Nichol & Dhariwal (2021). A video comes from noise in a few steps t -> t' of DDIM (Song
+et al., 2021), without new noise:
 
     x^ = alpha_t x_t - sigma_t v^,    n^ = sigma_t x_t + alpha_t v^,    x_t' = alpha_t' x^ + sigma_t' n^
 
-An inverse model g, which learns from the same frames and actions, reads the actions from the film and what was before:
+An inverse model g, which learns from the same frames and actions, reads the actions from the video and what was before:
 
     L = mean_k ||g(x)_k - a_k||^2
 
 Deviations:
-- The network says x^, from which v^ = (alpha_t x_t - x^) / sigma_t follows, and a small network need not repeat the
-  noise. All networks see how a frame differs from the background, CONTRAST times as strongly: the ball is small.
-- The loss weighs x^ alike at all times: 5 sigma_t^2 ||v^ - v||^2 = 5 ||x^ - x||^2. The release does so where the signal
-  is strong only, and with its weight our network hardly learned to begin a film. Channels say which frame is drawn.
-- AVDC reads actions from dense optical flow, and knows the goal as a text. Here it is an image: the film's last frame.
-- The U-Net draws frames of 32 x 32 pixels, of which it folds 4 x 4 into one. As released, a convolution in space is
-  followed by one in time; but there is no attention, there is one block where the release has two or three, and no
-  moving average of the weights, since the learning rate falls to zero.
+- The network predicts x^, from which v^ = (alpha_t x_t - x^) / sigma_t follows, because a small network need not
+  reproduce the noise. All networks see how a frame differs from the background, CONTRAST times as strongly: the ball is
+  small.
+- The loss weighs x^ alike at all times: L = mean 5 sigma_t^2 ||v^ - v||^2 = mean 5 ||x^ - x||^2. The release's weight
+  above does so only where the signal is strong, and with it our network hardly learned to begin a video. Channels say
+  which frame is which. The release samples by DDPM in 100 steps; here DDIM has 10.
+- AVDC reads actions from dense optical flow, and knows the goal as a text. Here it is an image: the video's last frame.
+- The U-Net has frames of 32 x 32 pixels, to which it applies a pixel unshuffle of 4 x 4. As released, a convolution in
+  space is followed by one in time; but there is no attention, there is one block where the release has two or three,
+  and no moving average of the weights, since the learning rate falls to zero.
 
     python train.py --system avdc && python plan.py
 """
@@ -38,8 +40,8 @@ from torch import nn
 from lib.common import UserError
 from lib.systems import System, each
 
-FRAMES, PAST = 5, 2  # frames that are drawn, and that are known: two show a speed (the paper: 7 and 1)
-SIDE, PATCH = 32, 4  # pixels of a drawn frame, and of those that are folded into one (the paper: 128 and 1)
+FRAMES, PAST = 5, 2  # frames that are generated, and that are known: two show a velocity (the paper: 7 and 1)
+SIDE, PATCH = 32, 4  # pixels of a frame's side, and of a pixel unshuffle (the paper: 128 and 1)
 CONTRAST = 4  # by which a frame's difference to the background is multiplied
 
 # ---- The diffusion -------------------------------------------------------------------------------
@@ -74,7 +76,7 @@ class Diffusion(nn.Module):
         return alpha * x + sigma * noise, alpha * noise - sigma * x
 
     def loss(self, network, x, *condition):
-        """The loss, and x^: the films as they are cleaned in one step."""
+        """The loss, and x^: the videos as they are denoised in one step."""
         t, noise = torch.randint(len(self.alpha), x.shape[:1], device=x.device), torch.randn_like(x)
         x_t, v = self.noised(x, t, noise)
         predicted = network(x_t, t, *condition)
@@ -82,8 +84,8 @@ class Diffusion(nn.Module):
         loss = (self.weight[t] * (predicted - v).square().flatten(1).mean(1)).mean()
         return loss, (alpha * x_t - sigma * predicted).detach()
 
-    def draw(self, network, x, steps, *condition):
-        """Films out of the noise x, in `steps` steps of DDIM."""
+    def sample(self, network, x, steps, *condition):
+        """Videos out of the noise x, in `steps` steps of DDIM."""
         times = torch.linspace(-1, len(self.alpha) - 1, steps + 1).int().flip(0).tolist()
         for t, after in zip(times, times[1:], strict=False):
             v, alpha, sigma = network(x, x.new_full(x.shape[:1], t).long(), *condition), self.alpha[t], self.sigma[t]
@@ -92,7 +94,7 @@ class Diffusion(nn.Module):
         return x
 
 
-# ---- The networks, for films (B, T, C, h, w) -----------------------------------------------------
+# ---- The networks, for videos (B, T, C, h, w) -----------------------------------------------------
 
 
 class VideoConv(nn.Module):
@@ -126,8 +128,8 @@ class VideoBlock(nn.Module):
 
 
 class VideoUNet(nn.Module):
-    """A U-Net from a noised film x, the times t (B,) of the diffusion and a `condition` (B, C', h, w) to a film of x's
-    shape. The condition is laid beside each frame, and so is a one-hot vector of which of the FRAMES it is."""
+    """A U-Net from a noised video x, the times t (B,) of the diffusion and a `condition` (B, C', h, w) to a video of
+    x's shape. The condition is laid beside each frame, and so is a one-hot vector of which of the FRAMES it is."""
 
     def __init__(self, channels, condition, width):
         super().__init__()
@@ -153,7 +155,7 @@ class VideoUNet(nn.Module):
 
 
 class InverseModel(nn.Module):
-    """The actions, in standard deviations, that lead from each frame of a film to the next one."""
+    """The actions, in standard deviations, that lead from each frame of a video to the next one."""
 
     def __init__(self, width, action_dim):
         super().__init__()
@@ -162,9 +164,9 @@ class InverseModel(nn.Module):
         layers = [nn.Conv1d(width, 2 * width, 3, padding=1), nn.SiLU(), nn.Conv1d(2 * width, 2 * width, 3, padding=1)]
         self.read = nn.Sequential(*layers, nn.SiLU(), nn.Conv1d(2 * width, action_dim, 3, padding=1))
 
-    def forward(self, film):
-        """Films (B, T, 3, SIDE, SIDE) -> actions (B, T - 1, A)."""
-        return self.read(each(self.see, film).mT).mT[:, :-1]
+    def forward(self, video):
+        """Videos (B, T, 3, SIDE, SIDE) -> actions (B, T - 1, A)."""
+        return self.read(each(self.see, video).mT).mT[:, :-1]
 
 
 # ---- The system ----------------------------------------------------------------------------------
@@ -172,7 +174,7 @@ class InverseModel(nn.Module):
 
 class AVDC(System):
     """`width` is the U-Net's and the inverse model's. As released for Meta-World it is 128, on five levels with two
-    blocks each; training has 60,000 steps of 16 films, with Adam and a learning rate of 1e-4, and DDIM has 100."""
+    blocks each; training has 60,000 steps of 16 videos, with Adam and a learning rate of 1e-4."""
 
     name, num_frames, batch_size, steps, lr = "avdc", PAST + FRAMES, 16, 1000, 1e-3
     history = context = PAST
@@ -188,14 +190,14 @@ class AVDC(System):
         self.register_buffer("background", torch.zeros(3, SIDE, SIDE))
 
     def small(self, frames):
-        """Frames (B, T, H, W, 3) of 0 to 255 -> what is drawn of them, (B, T, 3, SIDE, SIDE)."""
+        """Frames (B, T, H, W, 3) of 0 to 255 -> what is generated of them, (B, T, 3, SIDE, SIDE)."""
         images = F.interpolate(frames.flatten(0, 1).movedim(-1, 1).float() / 127.5 - 1, (SIDE, SIDE), mode="area")
         if self.training and not self.background.any():
             self.background.copy_(images.mean(0))
         return CONTRAST * (images - self.background).unflatten(0, frames.shape[:2])
 
     def encode(self, obs):
-        """The small frames as they are drawn, each one token of all its pixels."""
+        """The small frames as they are generated, each one token of all its pixels."""
         visual = self.small(obs["visual"]).flatten(2)[:, :, None]  # (B, T, 1, 3 * SIDE * SIDE)
         return {"visual": visual, "proprio": visual[:, :, 0, :0]}
 
@@ -205,40 +207,40 @@ class AVDC(System):
         return F.interpolate((small + 1) / 2, (self.img_size, self.img_size))
 
     def network(self, x, t, known):
-        """v^ of films x (B, FRAMES, 3, SIDE, SIDE), given the last frames and the goal, `known` (B, PAST + 1, ...)."""
+        """v^ of videos x (B, FRAMES, 3, SIDE, SIDE), given the last frames and the goal, `known` (B, PAST + 1, ...)."""
         condition, (alpha, sigma) = F.pixel_unshuffle(known, PATCH).flatten(1, 2), self.diffusion.at(t, x)
         clean = F.pixel_shuffle(self.unet(F.pixel_unshuffle(x, PATCH), t, condition), PATCH)  # x^
         return (alpha * x - clean) / sigma
 
     def loss(self, batch, *_):
         """Frames (B, T, H, W, 3) and actions (B, T, A) -> the loss and its parts. `visual` is the squared error of the
-        films as they are cleaned in one step, from any time of the diffusion."""
+        videos as they are denoised in one step, from any time of the diffusion."""
         frames, now = self.small(batch["visual"]), PAST - 1
-        film, known = frames[:, PAST:], torch.cat([frames[:, :PAST], frames[:, -1:]], 1)
-        diffusion, clean = self.diffusion.loss(self.network, film, known)
+        video, known = frames[:, PAST:], torch.cat([frames[:, :PAST], frames[:, -1:]], 1)
+        diffusion, clean = self.diffusion.loss(self.network, video, known)
         actions = self.encode_action(batch["action"][:, now:-1])
         inverse = F.mse_loss(self.inverse(frames)[:, now:], actions)
-        parts = {"visual": self.criterion(clean, film), "diffusion": diffusion.detach(), "inverse": inverse.detach()}
+        parts = {"visual": self.criterion(clean, video), "diffusion": diffusion.detach(), "inverse": inverse.detach()}
         return diffusion + inverse, parts
 
     @torch.no_grad()
-    def draw(self, past, goal):
-        """The last frames (B, PAST, H, W, 3) and the goals (B, H, W, 3), uint8 -> films (B, FRAMES, 3, SIDE, SIDE) of
+    def generate(self, past, goal):
+        """The last frames (B, PAST, H, W, 3) and the goals (B, H, W, 3), uint8 -> videos (B, FRAMES, 3, SIDE, SIDE) of
         what comes next. Their noise follows from what is seen, so that a run can be repeated."""
         generator = torch.Generator().manual_seed(past.long().sum().item())
         noise = torch.randn(len(past), FRAMES, 3, SIDE, SIDE, generator=generator).to(past.device)
         known = torch.cat([self.small(past), self.small(goal[:, None])], 1)
-        return self.diffusion.draw(self.network, noise, self.ddim_steps, known)
+        return self.diffusion.sample(self.network, noise, self.ddim_steps, known)
 
     @torch.no_grad()
     def plan(self, worlds, problems, steps):
         """The actions (B, steps, A), in standard deviations, that the problems (B,) of plan.Worlds should take now."""
         if steps > FRAMES:
-            raise UserError(f"--goal-H {steps} is more than the {FRAMES} frames that avdc draws")
+            raise UserError(f"--goal-H {steps} is more than the {FRAMES} frames that avdc generates")
         past, goal = (
             torch.from_numpy(obs["visual"][problems]).to(self.background.device)
             for obs in (worlds.past, worlds.goal_obs)
         )
         past = torch.cat([past[:, :1], past], 1)[:, -PAST:]  # at rest before the first frame
-        film = torch.cat([self.small(past), self.draw(past, goal)], 1)
-        return self.inverse(film)[:, PAST - 1 :][:, :steps]
+        video = torch.cat([self.small(past), self.generate(past, goal)], 1)
+        return self.inverse(video)[:, PAST - 1 :][:, :steps]

@@ -103,11 +103,16 @@ seed_number = number(int, 0, 2**31 - 1)  # what NumPy, torch and CMA-ES all take
 above_zero = number(float, 0, 1e6, open_low=True)
 
 
+def several(parse):
+    """An `argparse` type: "a,b,c" becomes a list of what `parse` makes of each part, without repetitions."""
+    return lambda text: list(dict.fromkeys(parse(part) for part in text.split(",") if part))
+
+
 def names(known):
     """An `argparse` type: "a,b,c" becomes ["a", "b", "c"], without repetitions. Each has to be in `known`."""
 
     def parse(text):
-        chosen = list(dict.fromkeys(name for name in text.split(",") if name))
+        chosen = several(str)(text)
         if unknown := [name for name in chosen if name not in known]:
             raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}; known: {', '.join(known)}")
         if not chosen:

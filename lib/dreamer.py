@@ -1,17 +1,19 @@
 """DreamerV3's world model: a recurrent state-space model with discrete latents, trained to reconstruct what it sees.
 
 DreamerV3 (Hafner et al., 2023, arXiv:2301.04104), section "World model learning", and github.com/NM512/dreamerv3-torch,
-with whose steps and KL loss this agrees. It has no reward, value or actor, because nobody gives a reward here:
+with whose steps and KL loss this agrees. There is no reward, continuation, value or actor, because nobody gives a
+reward here:
 
     h_t = GRU(h_{t-1}, [z_{t-1}, a_{t-1}])                deterministic
     z_t ~ q(z_t | h_t, enc(o_t))                          posterior: groups of one-hot variables
-    z^_t ~ p(z_t | h_t)                                   prior: what imagination draws
+    z^_t ~ p(z_t | h_t)                                   prior, by which imagination goes on
     o^_t = dec(h_t, z_t)
 
     L = mean_t ||o^_t - o_t||^2 + 0.5 max(1, KL(sg(q) || p)) + 0.1 max(1, KL(q || sg(p)))
 
-All probabilities are mixed with 1 % of uniform ones. A draw is straight-through: forward it is one-hot, backward it has
-the gradient of its probabilities. (Vectors would be reconstructed as symlog(x); the systems here see images alone.)
+All probabilities are mixed with 1 % of uniform ones. The factors of the KL terms, 0.5 and 0.1, are the reference's. A
+sample is straight-through: forward it is one-hot, backward it has the gradient of its probabilities. (Vectors would be
+reconstructed as symlog(x); the systems here see images alone.)
 
 A plan is imagined with the prior's most likely z, from the posterior of the last frames, and it costs
 
@@ -37,21 +39,15 @@ window has 8 frames, because an episode has 20, and the gradient is not clipped.
 
 import torch
 import torch.nn.functional as F
+from timm.layers import LayerNorm2d
 from torch import nn
 
 from lib.common import UserError
 from lib.systems import System, each
 
 
-class ChannelNorm(nn.LayerNorm):
-    """A LayerNorm over the channels of each pixel, (B, C, H, W) -> (B, C, H, W)."""
-
-    def forward(self, x):
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
-
-
 def conv_widths(img_size, channels):
-    """Channels of the images at img_size / 2, / 4, ... and at last 4 pixels a side: each has twice those before it."""
+    """The channels of the feature maps, from img_size / 2 down to 4 pixels a side. They double at each stage."""
     stages = max(1, img_size.bit_length() - 3)
     if 4 * 2**stages != img_size:
         raise UserError(f"this system wants frames of 8, 16, 32, 64, ... pixels a side, not {img_size}")
@@ -63,7 +59,7 @@ def conv_encoder(img_size, channels):
     widths = conv_widths(img_size, channels)
     layers = []
     for i, o in zip([3, *widths], widths, strict=False):
-        layers += [nn.Conv2d(i, o, 4, 2, 1, bias=False), ChannelNorm(o, eps=1e-3), nn.SiLU()]
+        layers += [nn.Conv2d(i, o, 4, 2, 1, bias=False), LayerNorm2d(o, eps=1e-3), nn.SiLU()]
     return nn.Sequential(*layers, nn.Flatten()), 16 * widths[-1]
 
 
@@ -72,7 +68,7 @@ def conv_decoder(dim, img_size, channels):
     widths = conv_widths(img_size, channels)[::-1]
     layers = [nn.Linear(dim, 16 * widths[0]), nn.Unflatten(1, (widths[0], 4, 4))]
     for i, o in zip(widths, widths[1:], strict=False):
-        layers += [nn.ConvTranspose2d(i, o, 4, 2, 1, bias=False), ChannelNorm(o, eps=1e-3), nn.SiLU()]
+        layers += [nn.ConvTranspose2d(i, o, 4, 2, 1, bias=False), LayerNorm2d(o, eps=1e-3), nn.SiLU()]
     last = nn.ConvTranspose2d(widths[-1], 3, 4, 2, 1)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
@@ -140,8 +136,9 @@ class Dreamer(System):
     has `groups` variables of `classes` classes. The sizes suit a laptop; the reference has channels=32,deter=512,
     mlp_dim=512,groups=32,classes=32, batches of 16 x 64 frames and lr 1e-4.
 
-    The latent of a frame is [h, z, e]. `encode` takes every frame for the first one: its h and z are the posterior from
-    the initial state. `rollout` goes through all known frames and actions; what it imagines has an empty e.
+    The latent of a frame is [h, z, e]. `encode` treats every frame as the first of an episode: its h and z are the
+    posterior from the initial state. `rollout` goes through all known frames and actions; what it imagines has an empty
+    e.
     """
 
     name, alone = "dreamer", False

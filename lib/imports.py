@@ -14,8 +14,8 @@ it is resized. Without frames, a world of ours draws them from the states. Witho
 
 The mazes of D4RL in Minari are those of Gymnasium-Robotics, which `pointmaze` and its relatives are built from, with
 the same coordinates (x, y, vx, vy). But an action there lasts for 0.01 s, and here for 0.05 s. Deviation: the mean of
-five actions becomes one, since their order hardly matters: it moves the ball by 4 mm (the median), and the next step
-starts where the data have it.
+five actions becomes one, since their order hardly matters: averaging shifts the ball by a median of 4 mm, and the
+next step starts where the data have it.
 """
 
 import contextlib

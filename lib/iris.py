@@ -11,17 +11,20 @@ A GPT reads the tokens and actions of all frames as one sequence and learns to w
     z_1^1 ... z_1^K, a_1, z_2^1 ... z_2^K, a_2, ...              causal, token by token
     L = - mean log p(z_t^k | z_<t, a_<t, z_t^<k)
 
-The autoencoder learns for `first` steps, and then the GPT. Imagination writes the most likely token, one after another,
-with a cache of keys and values. The cost is the mean squared distance of codes.
+The autoencoder learns for `first` steps, and then the GPT. Imagination writes one token after another, with a cache of
+keys and values. The cost is the mean squared distance of codes.
 
 Deviations:
 - The ball is 0.5 % of the pixels, and an autoencoder that is trained for minutes leaves it out. So E sees and D paints
   how a frame differs from the background b, the mean of the first batch; an error weighs 1 + |x - b| / mean |x - b|.
-- There is no LPIPS, because VGG-16's weights are not at hand. E first folds 4 x 4 pixels into one, which saves the two
-  most expensive of five levels, and learns from the first and the last frame of each window.
+- There is no LPIPS, because VGG-16's weights are not at hand. E begins with a pixel unshuffle of 4 x 4, which saves the
+  two most expensive of five levels. A level has one residual block instead of two, and twice the channels of the one
+  before instead of as many. E learns from the first and the last frame of each window.
+- Imagination writes the most likely token, where the release samples, so that a plan always costs the same.
 - The release trains the autoencoder alone for 20 epochs, and then both. Here the autoencoder no longer learns once the
   GPT does, so a step takes half the time.
-- Actions are numbers here, and enter by a linear layer. No dropout, since no training is long enough to overfit.
+- Actions are continuous here, and are embedded by a linear layer. No dropout, since no training is long enough to
+  overfit.
 
     python train.py --system iris && python plan.py
 """
@@ -133,7 +136,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """What the next token will be, given all before it. A frame is K tokens, and the action that was taken there."""
+    """Predicts the next token from all earlier ones. A frame is K tokens, and the action that was taken there."""
 
     def __init__(self, length, codes, action_dim, width, depth, heads):
         super().__init__()
@@ -193,7 +196,8 @@ class IRIS(System):
         return self.latents(self.autoencoder.encode(images)[1].unflatten(0, obs["visual"].shape[:2]))
 
     def loss(self, batch, *_):
-        """The loss and its parts: "visual" is the error of the codes one step ahead, "used" the share of all codes. In
+        """The loss and its parts: "visual" is the error of the codes one step ahead (each token
+        given the true ones before it, those of its own frame, too), "used" the share of all codes. In
         training it is the loss of the autoencoder or that of the GPT, and in validation it is their sum."""
         self.trained += self.training
         early, K, loss, parts = self.trained <= self.first, self.num_patches, 0.0, {}

@@ -6,7 +6,7 @@ LOGS = "tensorboard", "wandb"
 
 
 def open_log(kind, folder, flags):
-    """Returns report(name, step, values), which sends the numbers `values` {column: number} to where `kind` says, or
+    """Returns report(name, step, values), which sends the numbers `values` {column: number} to the service `kind`, or
     nowhere if it is None. A run has the name of its folder, and `flags` as its configuration."""
     if kind is None or RANK:
         return lambda name, step, values: None

@@ -1,4 +1,4 @@
-"""All that is drawn, and how good a picture is: films, strips, plots, grids of pictures; PSNR, SSIM and LPIPS."""
+"""All drawing (films, strips, plots, grids of pictures), and image metrics: PSNR, SSIM and LPIPS."""
 
 import base64
 import functools

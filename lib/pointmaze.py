@@ -61,7 +61,7 @@ class PointMaze(gym.Env):
 
     def build(self, maze):
         """The MuJoCo model, and which cells (rows, cols), 1 m x 1 m each, are free. The maze is centred on (0, 0)."""
-        with contextlib.redirect_stderr(io.StringIO()):  # it prints news about environments that are not used here
+        with contextlib.redirect_stderr(io.StringIO()):  # it prints notices about environments that are not used here
             import gymnasium_robotics
 
         gym.register_envs(gymnasium_robotics)
@@ -71,8 +71,8 @@ class PointMaze(gym.Env):
         model.opt.timestep = self.DT
         model.site("target").rgba[:] = 0  # the goal marker is never seen
         free = np.array(env.maze.maze_map) != 1
-        # To draw what is out of sight takes time. So the floor of 80 m ends just behind the maze, after whole periods
-        # of its pattern, and each side of a wall is one piece. It looks the same in a third of the time.
+        # Drawing what the camera cannot see takes time, so the floor of 80 m ends just behind the maze, after whole
+        # periods of its pattern, and each side of a wall is one piece. It looks the same in a third of the time.
         reach = 4 * math.ceil((max(free.shape) / 2 + 1) / 4)  # m
         model.mat_texrepeat[model.geom_matid[0]] *= reach / model.geom_size[0, 0]
         model.geom_size[0, :2], model.vis.quality.numquads = reach, 1
@@ -103,7 +103,7 @@ class PointMaze(gym.Env):
         self.data.qpos[:], self.data.qvel[:] = state[:2], state[2:]
 
     def goal_reached(self, state, goal):
-        """Whether states (..., 4) lie within 0.5 m of goals (..., 4). As in DINO-WM their speeds do not matter."""
+        """Whether states (..., 4) lie within 0.5 m of goals (..., 4). As in DINO-WM their velocities do not matter."""
         return np.linalg.norm(np.asarray(state)[..., :2] - np.asarray(goal)[..., :2], axis=-1) < self.REACHED
 
     def reset(self, *, seed=None, options=None):
@@ -120,7 +120,7 @@ class PointMaze(gym.Env):
         return (self.observe() if render else None), reward, False, False, {}
 
     @functools.cached_property
-    def datas(self):
+    def thread_data(self):
         """MuJoCo's working memory for each thread of `simulate`."""
         return [self.mujoco.MjData(self.model) for _ in range(os.cpu_count())]
 
@@ -133,7 +133,7 @@ class PointMaze(gym.Env):
         for t in range(actions.shape[1]):
             full[:, 3:] = full[:, 3:].clip(-self.MAX_SPEED, self.MAX_SPEED)
             control = np.broadcast_to(actions[:, t, None].clip(-1, 1), (len(states), self.PHYSICS_STEPS, 2))
-            full = rollout.rollout(self.model, self.datas, full, control, persistent_pool=True)[0][:, -1]
+            full = rollout.rollout(self.model, self.thread_data, full, control, persistent_pool=True)[0][:, -1]
         return full[:, 1:]
 
     def observe(self):

@@ -30,7 +30,7 @@ def open_episodes(args, model):
 
 def get_problems(env, args, model):
     """Start and goal states (2, problems, state_dim) from where --goal-source says. Those of a data set start in its
-    validation episodes; the goal is what came goal_H model steps later, or where as many random actions lead."""
+    validation episodes; the goal is what came goal_H model steps later, or the state after as many random actions."""
     if args.goal_source == "random_state":
         return random_problems(env, args)
     if args.goal_source not in ("dset", "random_action"):

@@ -67,7 +67,7 @@ class ReleasedDataset(Dataset):
         return [np.sort(part) for part in np.split(order, [int(0.9 * len(self))])]
 
     def statistics(self, episodes=None):
-        """Means and deviations by dimension. As in the release they are of all episodes, with n - 1 in the variance."""
+        """Means and standard deviations by dimension, as in the release of all episodes, with n - 1 in the variance."""
         values = {"action": torch.from_numpy(self.actions), "proprio": torch.from_numpy(self.states)}
         return {name: (v.mean(0).numpy(), v.std(0).numpy()) for name, v in values.items()}
 
@@ -103,7 +103,7 @@ SHELLS = ("models.", "dinov2.", "torch.nn.modules.", "torch.optim.", "torch.devi
 
 
 class Shell:
-    """It stands where an object of the release stood. `state` is what that object would have been restored from."""
+    """A placeholder for an object of the release. `state` is what that object would have been restored from."""
 
     def __init__(self, *args):
         self.state = None

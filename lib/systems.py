@@ -7,18 +7,19 @@ give it a line in SYSTEMS and its sizes a place in SYSTEM_SIZES. It needs
     build(img_size, **sizes)                              makes the networks
     encode({"visual": frames (B, T, H, W, 3) of 0 to 255}) -> {"visual": (B, T, N, d), "proprio": (B, T, 0)}
     loss({"visual": frames (B, T, H, W, 3), "action": (B, T, A)}, *_) -> the loss, and its parts {name: number}, which
-                                                          log.csv shows; "visual" is the error of one step ahead, and
-                                                          T = num_frames (what else train.py gives is ignored)
+                                                          log.csv shows; "visual" is the error of one step ahead (of
+                                                          avdc, of one step of denoising), and T = num_frames (what
+                                                          else train.py gives is ignored)
     rollout(z0, actions (B, T, A)) -> the latents of T + 1 frames, the first of which are known: z0, from `encode`
     paint(latents (n, N, d)) -> images (n, 3, H, W) in [0, 1]                          if it has a `decoder`
 
 Actions are in the world's units, all the frameskip * DoF numbers of a model step. `criterion(z, target, reduction)` is
-what a plan costs, and takes what F.mse_loss takes. A system that does not search for its plans needs no `rollout`, but
+the planning cost; its signature is F.mse_loss's. A system that generates its plans needs, instead of `rollout`,
 
     plan(worlds, problems (B,), steps) -> actions (B, steps, A), in standard deviations of the data's
 
 where `worlds` is plan.Worlds, with what is seen and the goals. The systems see images and actions alone, as the text of
-DINO-WM's paper has it. No single frame shows a speed, so they plan from the last `history` frames.
+DINO-WM's paper has it. No single frame shows a velocity, so they plan from the last `history` frames.
 """
 
 import importlib
@@ -71,7 +72,8 @@ def each(network, x):
 
 class System(nn.Module):
     """Arguments as `WorldModel`'s, and `sizes` where they differ from the class's own. A subclass has a `name`, default
-    `sizes`, and how it is trained: `num_frames` of a window, `batch_size`, `steps` and `lr` of AdamW."""
+    `sizes`, and how it is trained: `num_frames` of a window, `batch_size`, `steps` and `lr` of AdamW (its weight
+    decay is torch's 0.01, where the releases of DreamerV3, TD-MPC2 and AVDC have none)."""
 
     num_patches, num_hist = 1, 1  # N tokens of a frame, and how many frames the dynamics sees
     history = context = 3  # true frames from which planning and pictures start
@@ -93,7 +95,7 @@ class System(nn.Module):
         return (actions - self.action_mean) / self.action_std
 
     def forward(self, batch, *_):
-        """What a step of training lowers, and what the log says of it."""
+        """The training objective, and the loss that is logged."""
         loss, _ = self.loss(batch)
         return loss, loss.detach()
 

@@ -19,10 +19,11 @@ u are random directions, and phi_u is the characteristic function of the B laten
 
 Deviations. From TD-MPC2: it stacks three frames in the encoder; here every frame has a latent of its own, so that a
 single image can be the goal, and d sees the latents and actions of the last three. Its random shifts of the image are
-left out, because here a shifted ball is elsewhere. From LeWorldModel: its encoder is a ViT and its dynamics a
+left out, because a shift would move the ball, whose position matters. All parts have one learning rate, no gradient is
+clipped, and weights begin as PyTorch's do. From LeWorldModel: its encoder is a ViT and its dynamics a
 transformer that learns one step ahead; here both are TD-MPC2's, so that the pair differs in the term and in what the
-term asks for: no SimNorm, whose latents cannot be Gaussian, and, as in its release, a batch normalisation and no
-stopped gradient.
+term asks for: no SimNorm, whose latents cannot be Gaussian, and, as in its release, no stopped gradient and a
+batch normalisation (there in two projectors of two layers, here before the encoder's last layer).
 
     python train.py --system tdmpc2 && python plan.py        # log.csv: val_variance, the variance of the latents
     python train.py --system lewm && python plan.py
@@ -96,9 +97,9 @@ class TDMPC2(System):
         return {"visual": z[:, :, None], "proprio": z[:, :, :0]}
 
     def imagine(self, z, actions):
-        """Latents z (B, T0, d) of the first frames, actions (B, T, A) -> (B, T + 1, d). The window is filled
-        up with copies of the first frame and with no force. No data look like that, so d learns to read it as a speed
-        that is unknown."""
+        """Latents z (B, T0, d) of the first frames, actions (B, T, A) -> (B, T + 1, d). The window is filled up with
+        copies of the first frame and with no force. No window of the data looks like that, so d learns to read it as
+        "velocity unknown"."""
         H, a = self.num_hist, self.encode_action(F.pad(actions, (0, 0, self.num_hist - 1, 0)))
         z = torch.cat([z[:, :1].expand(-1, H - 1, -1), z], 1)
         for t in range(z.shape[1], a.shape[1] + 1):
@@ -138,9 +139,8 @@ class TDMPC2(System):
 class LeWM(TDMPC2):
     """`dim` is the latent's width, to which a linear layer brings what the convolutions give (LeWorldModel: 192).
 
-    Before this layer there is a batch normalisation, as in the projector of the release. Without it the latents of a
-    new network are so much alike that SIGReg has hardly a gradient: in the medium maze they stayed one point for three
-    of five epochs.
+    Before this layer there is a batch normalisation. Without it the latents of a new network are so much alike that
+    SIGReg's gradient is nearly zero: in the medium maze they stayed one point for three of five epochs.
     """
 
     name = "lewm"

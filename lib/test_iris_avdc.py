@@ -74,7 +74,7 @@ def test_the_diffusion_is_avdcs():
 
     t = torch.tensor([20, 90])
     noised, v = diffusion.noised(x, t, noise)
-    agree({"noised": noised, "v": v, "drawn": diffusion.draw(network, noise, 5, condition)}, REFERENCE)
+    agree({"noised": noised, "v": v, "drawn": diffusion.sample(network, noise, 5, condition)}, REFERENCE)
     with mock.patch("torch.randint", return_value=t), mock.patch("torch.randn_like", return_value=noise):
         loss, clean = diffusion.loss(network, x, condition)
     alpha, sigma = diffusion.at(t, x)
@@ -171,18 +171,18 @@ def test_a_network_that_knows_the_film_draws_it():
         return alpha * (x - alpha * film) / sigma - sigma * film
 
     for steps in (1, 4, 100):
-        close(diffusion.draw(network, torch.randn(2, 3, 4), steps), film, atol=1e-3, rtol=0)
+        close(diffusion.sample(network, torch.randn(2, 3, 4), steps), film, atol=1e-3, rtol=0)
 
 
 @torch.no_grad()
 def test_a_film_depends_on_now_and_the_goal_and_the_actions_on_the_film():
     model = build("avdc").eval()
     past, goal = some_batch(2, 2)["visual"], some_batch(2, 1)["visual"][:, 0]
-    film = model.draw(past, goal)
-    close(model.draw(past, goal), film, atol=0, rtol=0)
+    film = model.generate(past, goal)
+    close(model.generate(past, goal), film, atol=0, rtol=0)
     assert film.shape == (2, avdc.FRAMES, 3, avdc.SIDE, avdc.SIDE)
-    assert (model.draw(past, goal.flip(0)) != film).flatten(2).any(-1).all()
-    assert (model.draw(past.flip(1), goal) != film).flatten(2).any(-1).all()
+    assert (model.generate(past, goal.flip(0)) != film).flatten(2).any(-1).all()
+    assert (model.generate(past.flip(1), goal) != film).flatten(2).any(-1).all()
     shown = torch.cat([model.small(past), film], 1)
     worlds = SimpleNamespace(past={"visual": past.numpy()}, goal_obs={"visual": goal.numpy()})
     planned = model.plan(worlds, np.arange(2), 4)
@@ -229,7 +229,7 @@ def test_each_trains_and_plans(workplace, script, name):
         result, message = script("plan", *"--n-evals 1 --planner gd --opt-steps 1".split()), "gd needs a gradient"
     else:
         assert "| `mpc-icem` | none |" in Path(f"plan_outputs/pointmaze_{name}/table.md").read_text()
-        assert_refused(script("extras.horizon"), "runs/pointmaze_avdc draws the way to a goal")
+        assert_refused(script("extras.horizon"), "runs/pointmaze_avdc generates a video to the goal")
         result, message = script("plan", *"--n-evals 1 --goal-H 6".split()), "more than the 5 frames that avdc draws"
     assert_refused(result, message)
 

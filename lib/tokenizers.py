@@ -1,4 +1,4 @@
-"""The tokenizers DINO-Tok and VFM-VAE learn on top of a frozen backbone. They turn its features after the blocks
+"""Two tokenizers, DINO-Tok and VFM-VAE, learned on a frozen backbone. They turn its features after the blocks
 `.layers` (0 is the patch embedding, -1 the normed output) into tokens of `.dim` numbers.
 
     tokenizer.fit(see, frames, device, seed)        see(uint8 frames (n, H, W, 3)) -> images (n, 3, s, s), features

@@ -5,7 +5,8 @@ predicted from the rest. The target is not the hidden pixels, but the tokens tha
     E' <- momentum E' + (1 - momentum) E
 
 E and E' are video ViTs, P is a smaller transformer, and m is a mask token with the positions of the hidden places.
-The encoder `vjepa_tiny` is trained in this way, and the predictor V-JEPA 2-AC is made of the same blocks.
+The encoder `vjepa_tiny` is trained in this way (its docstring in encoders.py names the deviations; here all masks share
+one mask token, where the release has one for each), and the predictor V-JEPA 2-AC is made of the same blocks.
 """
 
 import copy
@@ -49,7 +50,7 @@ def attend(q, k, v, tokens=None, past=None, dropout=0.0):
         out = attention(q, k, v)
     elif tokens == 1:
         out = attention(q, k, v, is_causal=q.shape[2] > 1)
-    else:  # frame by frame, because a mask would hide scores that have been computed already
+    else:  # frame by frame: a mask would compute scores only to discard them
         frames = q.split(tokens, 2)
         ends = range(k.shape[2] - (len(frames) - 1) * tokens, k.shape[2] + 1, tokens)  # of what each frame sees
         seen = [(k[:, :, :end], v[:, :, :end]) for end in ends]

@@ -6,8 +6,8 @@ Zhang et al. (2021, arXiv:2011.12491). The graph is made from frames alone, and 
 
     nodes       n_k = argmax_x min_{j<k} ||x - n_j||    latents x of the training frames, spread out by farthest points
     edges       n_i -> n_j, if two frames that are one model step apart in an episode are nearest to n_i and to n_j
-    distance    D(i, j): the model steps, which are the edges, on the shortest path from n_i to n_j
-    waypoint    where the shortest path from what is seen now to the goal has come after `reach` model steps;
+    distance    D(i, j): the number of edges, which are model steps, on the shortest path from n_i to n_j
+    waypoint    the node `reach` steps along the shortest path from the current frame to the goal;
                 the goal itself, if D(now, goal) <= reach
 
 Two frames that an episode joins within the horizon are joined by these edges, too, through the frames between them.
@@ -72,7 +72,7 @@ class Graph:
         self.x, self.radius = x[chosen], 2 * distance.max()
         self.latents, self.states = {name: latent[chosen] for name, latent in z.items()}, dataset.states[rows[chosen]]
         pairs = [nearest[np.searchsorted(rows, side)] for side in (windows.starts, after)]
-        self.edges = csr_matrix((np.ones(len(after)), pairs), (nodes, nodes))  # [i, j]: how many frames make the edge
+        self.edges = csr_matrix((np.ones(len(after)), pairs), (nodes, nodes))
 
     @torch.no_grad()
     def see(self, obs):

@@ -91,7 +91,7 @@ def download(repository, name="model.safetensors", flag="--weights PATH"):
     except Exception as error:  # its type depends on the version of huggingface_hub
         if getattr(error, "errno", None) in DISK_ERRORS:
             raise
-        raise UserError(f"{repository} is not here, and no network reaches it: {advice}") from None
+        raise UserError(f"{repository} is not here, and the hub cannot be reached: {advice}") from None
 
 
 def model_folder(run):
@@ -101,8 +101,6 @@ def model_folder(run):
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(run)) and not local:
         files = [download(str(run), name, "its folder as --ckpt") for name in ("config.json", "model.safetensors")]
         return Path(files[0]).parent
-    if (folder / "model.pt").exists():
-        raise UserError(f"{folder}/model.pt is of an older version: train it again")
     if not (folder / "model.safetensors").is_file():
         raise UserError(f"no model at {folder}: train one with python train.py, or give --ckpt runs/NAME")
     return folder
