@@ -188,7 +188,7 @@ def test_a_click_is_planned_to_and_another_click_is_the_next_goal(opened):
     from selenium.webdriver.common.action_chains import ActionChains
 
     opened.find_element("xpath", "//*[contains(@class, 'q-tab')][.='Plan']").click()
-    until(lambda: "Click where the ball shall go." in text(opened) and len(pictures(opened)) == 1)
+    until(lambda: "Click where the ball should go." in text(opened) and len(pictures(opened)) == 1)
     image = opened.find_element("css selector", ".picture img")
     (before,), size, goals = pictures(opened), image.size["width"], []
     for y in (0.28, 0.72):  # the two ends of the U

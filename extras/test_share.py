@@ -119,7 +119,7 @@ def test_what_wrong_input_gets(run_folder, script, monkeypatch):
     assert_refused(script("extras.share", "runs/tiny", "a/b"), "a/b has not taken the files (no route to host)")
     monkeypatch.setattr(weights.hub, "try_to_load_from_cache", lambda *_: None)
     monkeypatch.setattr(weights.hub, "get_hf_file_metadata", refuse)
-    assert_refused(script("plan", "--ckpt", "a/b"), "a/b is not here, and no network reaches it: download config.json")
+    assert_refused(script("plan", "--ckpt", "a/b"), "a/b is not here, and the hub cannot be reached: download")
     (run_folder / "plan_outputs/tiny").mkdir(parents=True)
     (run_folder / "plan_outputs/tiny/table.md").write_text("| |\n")
     (run_folder / "plan_outputs/tiny/results.json").write_text(json.dumps({"args": {"ckpt": "runs/other"}}))
