@@ -1288,7 +1288,7 @@ def test_weights_come_from_a_repository_which_is_named_if_it_is_out_of_reach(mon
     import huggingface_hub as hub
 
     monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    answers = [(None, "is not here, and no network.*--weights PATH"), (404, "answers 404")]
+    answers = [(None, "is not here, and the hub cannot be reached.*--weights PATH"), (404, "answers 404")]
     for code, match in answers + [(code, "is gated") for code in (401, 403)]:
         response = mock.Mock(status_code=code, headers={})
         error = hub.errors.HfHubHTTPError("", response=response) if code else OSError("no route")

@@ -331,7 +331,7 @@ def main():
         raise UserError(f"port {args.port} is not free: choose another --port") from None
     if not args.run and not args.ckpt:
         dreams, models = (sorted(SHIPPED.glob(f"*/{name}.safetensors")) for name in ("rnn", "model"))
-        args.run, args.ckpt = dreams[0].parent if dreams else None, [str(path.parent) for path in models]
+        args.run, args.ckpt = dreams[0].parent, [str(path.parent) for path in models]
     games = {"Dream": DreamGame(args.run)} if args.run else {}
     games |= {"Plan": PlanGame(args.ckpt)} if args.ckpt else {}
     if args.run:

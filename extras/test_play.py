@@ -302,7 +302,6 @@ def test_a_run_that_is_shared_in_a_folder_is_small_and_dreams_and_plans(here, sc
     "command, message",
     [
         ("--port 0", "0 is not a whole number of at least 1"),
-        ("", "there is no model in nowhere: python train.py makes a run for --ckpt, and python vae_mdnrnn.py all one"),
         ("--run nowhere", "no run of World Models at nowhere: make one with python vae_mdnrnn.py all --env takecover"),
         ("--run runs/plan", "no run of World Models at runs/plan"),
         (
@@ -314,8 +313,7 @@ def test_a_run_that_is_shared_in_a_folder_is_small_and_dreams_and_plans(here, sc
         ("--ckpt runs/typo", "no model at runs/typo: train one with python train.py"),
     ],
 )
-def test_what_wrong_input_gets(command, message, here, script, monkeypatch):
-    monkeypatch.setattr(play, "SHIPPED", Path("nowhere"))
+def test_what_wrong_input_gets(command, message, here, script):
     command, _, name = command.partition(" --without ")
     if name:
         Path("runs/dream", name).rename("away")
