@@ -11,8 +11,8 @@ from lib.common import CORES, RANK, WORLD_SIZE, UserError, positive
 from lib.logs import LOGS, open_log
 from lib.worlds import ENVIRONMENTS
 
-# The paper's sizes (appendix A), with budgets for two CPU cores: with all iterations some two hours for takecover and,
-# we expect, two and a half for carracing. Those of pointmaze are not tuned. `episodes`, `v_steps`, `m_steps` and
+# The paper's sizes (appendix A), with budgets for two CPU cores: with all iterations some two hours for takecover and
+# three for carracing. Those of pointmaze are not tuned. `episodes`, `v_steps`, `m_steps` and
 # `c_steps` have a budget for each iteration of `iterate`: the first is for a run without iterations, too, and the last
 # for all that follow. `popsize` is the first and the largest number of candidates.
 # Unlike the paper's M of CarRacing ours predicts the reward, which the dream needs. `restart` tells M when an episode
