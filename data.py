@@ -5,7 +5,7 @@ A data set is a folder of flat arrays with one row per *model step*, which is `f
     frames   (S, H, W, 3) uint8     the observation at this row
     states   (S, P) float32         the true state at the row, which a world model sees as proprioception; P may be 0
     actions  (S, frameskip*DoF)     the environment actions taken from this row on, concatenated
-    rewards  (S,), dones (S,)       what these actions earned, and whether they ended it (a time limit does not)
+    rewards  (S,), dones (S,)       what they earned, and whether they ended the episode (a time limit does not)
     episode_ends (E,)               the row after the last one of each episode
     meta.json                       environment, image size, frameskip, version; seed and policy, or the source
 

@@ -8,8 +8,8 @@
     L = mean ||[z, phi(p)]^_{t+1} - sg[z, phi(p)]_{t+1}||^2      over all H next frames in parallel
 
 The loss ignores the action's part of the output, and a rollout overwrites it with the next action. With `concat_dim`
-0, phi and psi are as wide as z and are appended to the N tokens as two more. Where the paper's text and the
-released code disagree, `variant` says which is followed, "repository" or "paper":
+0, phi and psi are as wide as z and are appended to the N tokens as two more. Where the paper's text and the released
+code disagree, `variant` says which is followed, "repository" or "paper":
 
     psi: one linear layer, or an MLP     proprio: as above, or none     L: over all H next frames, or the last alone
 

@@ -92,10 +92,10 @@ def train(args):
 
     # the model
     stats, world = dataset.statistics(train_episodes), dict(env=env, img_size=img_size, data=str(dataset.path))
-    if args.predictor_weights:  # the release's predictor takes states and actions in the world's own units
-        stats = {name: (np.zeros_like(mean), np.ones_like(std)) for name, (mean, std) in stats.items()}
     if len({str((len(dataset.frames), statistics)) for statistics in processes.gather(stats)}) > 1:
         raise UserError(f"the processes of torchrun see different data at {dataset.path}: give all of them the same")
+    if args.predictor_weights:  # the release's predictor takes states and actions in the world's own units
+        stats = {name: (np.zeros_like(mean), np.ones_like(std)) for name, (mean, std) in stats.items()}
     settings = dict(frameskip=args.frameskip, world=world)
     if system:
         model = system(stats["action"], stats["proprio"], **settings, **sizes).to(device)

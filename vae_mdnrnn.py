@@ -32,10 +32,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import data
-from lib import common, pictures, processes, recipes, reports
+from lib import common, processes, recipes, reports
 from lib.common import RANK, WORLD_SIZE, UserError, bfloat16, fit, to_tensor, tqdm
+from lib.decoders import OnePixelDeconv
 from lib.recipes import c_names, first_held_out, load_c, load_data, need, open_report, parse_args, temperature
-from lib.worlds import BATCH, DreamEnv, EpisodePool, play_alone
+from lib.worlds import BATCH, DreamEnv, EpisodePool
 
 # ---- V: what is seen, in few numbers -------------------------------------------------------------
 
@@ -82,13 +83,6 @@ class VAE(nn.Module):
         return self.decode(sample_z(mu, logvar)), mu, logvar
 
 
-class OnePixelDeconv(nn.ConvTranspose2d):
-    """A transposed convolution of a single pixel, (B, C, 1, 1). A matrix product computes it in a third of the time."""
-
-    def forward(self, x):
-        return (x.flatten(1) @ self.weight.flatten(1)).unflatten(1, self.weight.shape[1:]) + self.bias[:, None, None]
-
-
 def sample_z(mu, logvar, generator=None):
     """z ~ N(mu, exp(logvar)), written so that the gradient passes through mu and logvar."""
     noise = torch.randn(mu.shape, generator=generator, device=mu.device)
@@ -111,8 +105,7 @@ def moving(x, before):
 
 
 def frames_and_motion(frames, index, starts, device):
-    """The frames `index` as images (B, 3, H, W), and how much their pixels move, (B, 1, H, W). Episodes begin with the
-    frames `starts`."""
+    """The frames `index` as images (B, 3, H, W), and how much they move, (B, 1, H, W). Episodes begin at `starts`."""
     x, before = (to_tensor(frames[i], device) for i in (index, index - ~np.isin(index, starts)))
     return x, moving(x, before)
 
@@ -123,8 +116,7 @@ def train_vae(
 ):  # fmt: skip
     """Fits the VAE in place to uint8 frames (S, 64, 64, 3), which may be memory-mapped. `options` are `fit`'s.
 
-    V sees and reconstructs images (B, 3, 64, 64), to which `transform` is applied first. With `bf16` it computes in
-    bfloat16.
+    V sees and reconstructs images (B, 3, 64, 64), or what `transform` makes of them, with `bf16` in bfloat16.
     Deviations: ten times the paper's learning rate, lowered along a cosine, and a third of its batch, for a fraction of
     its frames. `focus` is for worlds in which small things matter: a far fireball is a few pixels among thousands of
     wall. The error of a pixel then has the weight 1 + focus * `moving`, and V sees 32 of every 128 frames, more often
@@ -417,19 +409,18 @@ def real_scores(pool, args, params, seed, trials):
     return np.reshape(returns, (len(params), trials)), sum(steps)
 
 
-def evolve(scores, mean, path, popsize, trials, steps, score_trials, sigma0=0.1, seed=0, report=None):
+def evolve(scores, mean, path, popsize, trials, steps, score_trials, sigma0=0.1, seed=0, report=lambda *_: None):
     """CMA-ES (appendix A.4) from `mean` (n,), for about `steps` steps. `path` keeps the best mean of a population.
 
     scores(params (P, n), seed, trials) -> (P, trials) returns, and the steps that they took. All candidates of a
     generation get the same seed and so drive on the same tracks, or dream on the same random numbers. After every fifth
     generation and the last, the mean is scored over `score_trials` trials, always with the same seed.
     Deviations: the paper's code also lowers the return of large weights, gives tracks to pairs of candidates, scores
-    the mean after every 25th generation over 1,024 trials, and has 64 candidates with 16 trials each. Here `popsize`
-    is the first number of candidates and the largest, and each has few trials. Early on a few candidates suffice to
-    find a direction. Later they differ so little that luck decides their ranking. More candidates average luck out as
-    more trials do, and try more directions. So their number doubles, and the covariance is learned anew, once the mean
-    returns on one half of the tracks and on the other correlate below 1/3 on average over five generations, which says
-    that luck makes most of the variance.
+    the mean after every 25th generation over 1,024 trials, and has 64 candidates with 16 trials each. Here candidates
+    have few trials, and `popsize` is their first number and the largest. Early on a few candidates suffice to find a
+    direction. Later luck decides their ranking, and more candidates average it out as more trials do, but try more
+    directions, too. So their number doubles, and the covariance is learned anew, once the mean returns on one half of
+    the tracks and on the other correlate below 1/3 on average over five generations.
     CMA-ES is deterministic, so the fitness values are its checkpoint: a resumed run tells it the stored values.
     """
 
@@ -470,12 +461,9 @@ def evolve(scores, mean, path, popsize, trials, steps, score_trials, sigma0=0.1,
         log.append({"steps": done} | {k: v if isinstance(v, int) else float(v) for k, v in row.items()})
         bar.update(done - bar.n)
         bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k != "agreement"})
-        if report:
-            report(f"train {path.stem}", done, row)
+        report(f"train {path.stem}", done, row)
         if RANK == 0:
-            common.write_csv(path.with_suffix(".csv"), log)
-            common.save_safetensors(path.with_suffix(".safetensors"), {"params": search["params"]})
-            common.save_tensors(path, search)
+            recipes.save_search(path, search)
     return search
 
 
@@ -515,20 +503,14 @@ def train_v(args):
     vae.encoder.to(memory_format=torch.channels_last)  # as in `load_models`
     with torch.inference_mode(), bfloat16(args.device):
         if not path.exists():
-            latents = encode_frames(vae, frames, args.device)
-            common.write_atomic(path, lambda temporary: np.save(temporary, latents))
+            z = np.empty((2, len(frames), args.z_dim), np.float32)  # small tensors in a list would scatter the memory
+            for i in tqdm(range(0, len(frames), 500), "encode"):
+                z[:, i : i + 500] = torch.stack(vae.encode(to_tensor(frames[i : i + 500], args.device))).float().cpu()
+            common.write_atomic(path, lambda temporary: np.save(temporary, z))
         index = np.linspace(first, len(frames) - 1, 500).astype(int)
         x, moves = frames_and_motion(frames, index, starts, args.device)
         recon = vae.decode(vae.encode(x)[0]).float()
         reports.show_reconstructions(args.run / "reconstructions.png", x, recon, moves)
-
-
-def encode_frames(vae, frames, device):
-    """mu and logvar of all frames, (2, S, z_dim)."""
-    z = np.empty((2, len(frames), vae.z_dim), np.float32)  # small tensors in a list would scatter the memory
-    for i in tqdm(range(0, len(frames), 500), "encode"):
-        z[:, i : i + 500] = torch.stack(vae.encode(to_tensor(frames[i : i + 500], device))).float().cpu()
-    return z
 
 
 def train_m(args):
@@ -563,8 +545,7 @@ def train_c(args):
             budget = args.popsize, args.trials, args.c_steps, args.score_trials, args.sigma0, args.seed
             search = evolve(scores, mean, path, *budget, report=open_report(args))
             if RANK == 0:
-                styles = {"best": "-", "mean": "-", "worst": "-", "score": "ko-"}
-                pictures.write_log_plot(path.with_suffix(".png"), search["log"], "steps", styles, ylabel="return")
+                reports.write_search(path.with_suffix(".png"), search["log"])
             print(f"{path}: {controller.num_params} weights, {search['score']:.1f} in the {args.where} environment")
 
 
@@ -589,20 +570,13 @@ def test(args):
         results[name]["dream"] = returns[0].tolist()
     common.write_json(args.run / "test.json", {"env": env, "seed": args.seed, "returns": results})
     reports.print_returns(results)
-    film(args, DreamEnv(make_dream(args, rnn, temperature(shown)), vae), controller, trained[shown], episode["frames"])
+    act = functools.partial(controller, torch.from_numpy(trained[shown])[None])
+    dream = DreamEnv(make_dream(args, rnn, temperature(shown)), vae)
+    reports.write_dream(args.run / "dream.gif", dream, act, args.seed, args.max_steps, episode["frames"])
     return results
 
 
-def film(args, dream, controller, params, real):
-    """Writes dream.gif: C in its dream, and beside it a real episode (T, 64, 64, 3)."""
-    act = lambda obs: controller(*(torch.from_numpy(x)[None] for x in (params, obs["proprio"])))[0]  # noqa: E731
-    dreamt = play_alone(dream, act, args.seed, args.max_steps)["frames"]
-    length = min(len(dreamt), len(real))
-    pictures.write_gif(args.run / "dream.gif", pictures.beside(dreamt[:length:3], real[:length:3]), duration=85)
-
-
 def run_all(args):
-    """All five steps."""
     return [step(args) for step in (collect, train_v, train_m, train_c, test)][-1]
 
 

@@ -41,7 +41,7 @@ import train
 from encoders import build_encoder
 from extras.horizon import horizon_error
 from lib import common, pictures, processes
-from lib.common import CORES, RANK, WORLD_SIZE, UserError, positive, tqdm
+from lib.common import CORES, RANK, WORLD_SIZE, UserError, positive, several, tqdm
 from lib.pointmaze import SHIFTS
 from lib.probe import ridge_regression
 from lib.worlds import ENVIRONMENTS, make_env
@@ -306,7 +306,6 @@ def get_args():
     parser = common.Parser(description=__doc__.split("\n")[0])
     add, mazes = parser.add_argument, [name for name in ENVIRONMENTS if name.startswith("pointmaze")]
     laptop = "pca,vae,vae_map,patches,vjepa_tiny,efficientnet,efficientnet@random,efficientnet_pool"
-    several = common.several
     add("--encoder", type=several(str), default=laptop, help="encoders, as ENCODER or ENCODER@WEIGHTS (see train.py)")
     add("--env", type=common.names(mazes), default=",".join(mazes[:3]), help="mazes to compare them in")
     add("--seeds", type=several(common.seed_number), default="0,1,2", help="seeds of training")

@@ -94,7 +94,7 @@ class Diffusion(nn.Module):
         return x
 
 
-# ---- The networks, for videos (B, T, C, h, w) -----------------------------------------------------
+# ---- The networks, for videos (B, T, C, h, w) ----------------------------------------------------
 
 
 class VideoConv(nn.Module):
@@ -190,14 +190,14 @@ class AVDC(System):
         self.register_buffer("background", torch.zeros(3, SIDE, SIDE))
 
     def small(self, frames):
-        """Frames (B, T, H, W, 3) of 0 to 255 -> what is generated of them, (B, T, 3, SIDE, SIDE)."""
+        """Frames (B, T, H, W, 3) of 0 to 255 -> small ones, as the networks see them, (B, T, 3, SIDE, SIDE)."""
         images = F.interpolate(frames.flatten(0, 1).movedim(-1, 1).float() / 127.5 - 1, (SIDE, SIDE), mode="area")
         if self.training and not self.background.any():
             self.background.copy_(images.mean(0))
         return CONTRAST * (images - self.background).unflatten(0, frames.shape[:2])
 
     def encode(self, obs):
-        """The small frames as they are generated, each one token of all its pixels."""
+        """The small frames, each one token of all its pixels."""
         visual = self.small(obs["visual"]).flatten(2)[:, :, None]  # (B, T, 1, 3 * SIDE * SIDE)
         return {"visual": visual, "proprio": visual[:, :, 0, :0]}
 

@@ -196,9 +196,9 @@ class IRIS(System):
         return self.latents(self.autoencoder.encode(images)[1].unflatten(0, obs["visual"].shape[:2]))
 
     def loss(self, batch, *_):
-        """The loss and its parts: "visual" is the error of the codes one step ahead (each token
-        given the true ones before it, those of its own frame, too), "used" the share of all codes. In
-        training it is the loss of the autoencoder or that of the GPT, and in validation it is their sum."""
+        """The loss and its parts: "visual" is the error of the codes one step ahead (each token given the true ones
+        before it, those of its own frame, too), "used" the share of all codes. In training it is the loss of the
+        autoencoder or that of the GPT, and in validation it is their sum."""
         self.trained += self.training
         early, K, loss, parts = self.trained <= self.first, self.num_patches, 0.0, {}
         if early or not self.training:

@@ -153,13 +153,14 @@ def write_maze(path, walls, nodes, edges, problems):
     columns = min(2, len(problems))
     rows = -(-len(problems) // columns)
     figure = new_figure((4 * columns + 1, 3.2 * rows + 0.5))
-    plots = figure.subplots(rows, columns, squeeze=False)
+    plots, steps = figure.subplots(rows, columns, squeeze=False), np.concatenate([p["steps"] for p in problems])
+    colours = dict(cmap="viridis", alpha=0.5, vmin=0, vmax=steps[np.isfinite(steps)].max())  # the same in all panels
     for plot in plots.flat[len(problems) :]:
         plot.axis("off")
     for plot, problem in zip(plots.flat, problems, strict=False):
         plot.bar(walls[:, 0], 1, width=1, bottom=walls[:, 1] - 0.5, color="0.6")
         plot.add_collection(LineCollection(nodes[edges], colors="0.7", lw=0.1, zorder=1))
-        dots = plot.scatter(*nodes.T, c=problem["steps"], s=3, cmap="YlGnBu", vmin=0, alpha=0.5, lw=0, zorder=2)
+        dots = plot.scatter(*nodes.T, c=problem["steps"], s=3, lw=0, zorder=2, **colours)
         plot.plot(*problem["path"].T, "-", color="black", lw=1.5, label="path")
         plot.plot(*problem["track"].T, "-", color="tab:red", lw=1.5, label="ball")
         plot.plot(*problem["aims"].T, "o", color="tab:orange", mec="black", ms=5, label="waypoints")

@@ -12,9 +12,9 @@ from lib.logs import LOGS, open_log
 from lib.worlds import ENVIRONMENTS
 
 # The paper's sizes (appendix A), with budgets for two CPU cores: with all iterations some two hours for takecover and
-# three for carracing. Those of pointmaze are not tuned. `episodes`, `v_steps`, `m_steps` and
-# `c_steps` have a budget for each iteration of `iterate`: the first is for a run without iterations, too, and the last
-# for all that follow. `popsize` is the first and the largest number of candidates.
+# three for carracing. Those of pointmaze are not tuned. `episodes`, `v_steps`, `m_steps` and `c_steps` have a budget
+# for each iteration of `iterate`: the first is for a run without iterations, too, and the last for all that follow.
+# `popsize` is the first and the largest number of candidates.
 # Unlike the paper's M of CarRacing ours predicts the reward, which the dream needs. `restart` tells M when an episode
 # begins, `cell` shows C the cell state, and `squash` turns C's outputs into actions. `patience` also ends the random
 # episodes early, so that fewer frames show nothing but grass.
@@ -195,6 +195,13 @@ def load_search(path, size, begun):
     if search["begun"] != begun:
         raise UserError(f"{path} was begun with {search['begun']} and not {begun}: remove it, or give these flags")
     return search
+
+
+def save_search(path, search):
+    """Writes what `evolve` goes on with to `path`, a .pt, and beside it C's weights and the log."""
+    common.write_csv(path.with_suffix(".csv"), search["log"])
+    common.save_safetensors(path.with_suffix(".safetensors"), {"params": search["params"]})
+    common.save_tensors(path, search)
 
 
 def first_held_out(dataset):

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from lib import common, pictures
+from lib.worlds import play_alone
 
 # ---- plan.py -------------------------------------------------------------------------------------
 
@@ -87,3 +88,17 @@ def show_reconstructions(path, x, recon, moves):
     most = moves.sum((1, 2, 3)).topk(12).indices.sort().values
     print(f"V, held out: squared error {error.mean():.5f}, {(error * moves).sum() / moves.sum():.5f} where things move")
     pictures.write_strips(path, common.to_frames(x[most]), common.to_frames(recon[most]))
+
+
+def write_search(path, log):
+    """Draws what the best, the mean and the worst candidate of each generation earn, and the score of the mean."""
+    styles = {"best": "-", "mean": "-", "worst": "-", "score": "ko-"}
+    pictures.write_log_plot(path, log, "steps", styles, ylabel="return")
+
+
+def write_dream(path, dream, act, seed, steps, real):
+    """Writes a GIF of what act(features (1, in_dim)) -> actions (1, A) does in `dream`, a DreamEnv, and beside it of a
+    real episode (T, 64, 64, 3), every third step."""
+    dreamt = play_alone(dream, lambda obs: act(torch.from_numpy(obs["proprio"])[None])[0], seed, steps)["frames"]
+    length = min(len(dreamt), len(real))
+    pictures.write_gif(path, pictures.beside(dreamt[:length:3], real[:length:3]), duration=85)
