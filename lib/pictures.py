@@ -169,7 +169,7 @@ def write_maze(path, walls, nodes, edges, problems):
         plot.set(aspect="equal", xticks=[], yticks=[])
         plot.margins(0)
     figure.colorbar(dots, ax=plots, label="model steps to the goal", shrink=0.6)
-    figure.legend(*plot.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=5)
+    figure.legend(*plot.get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=2 * columns + 1)
     save_figure(path, figure, dpi=120)
 
 
