@@ -13,7 +13,7 @@ whole plan; the paper, and a checkpoint of `--variant paper`, has a history of f
 
     python plan.py                                             # the newest run
     python plan.py --ckpt runs/pointmaze_vae --seed 99 7 2024  # 3 x 50 problems
-    python plan.py --baselines random,oracle                   # with controls, on the same problems
+    python plan.py --controls random,oracle                   # with controls, on the same problems
     python plan.py --planner cem,gd,mpc-cem,mpc-gd             # the paper's comparison of planners, as a table
     python plan.py --goal-source goals.json                    # problems that --save-targets goals.json wrote
     python plan.py --ckpt runs/pointmaze-large_pca --waypoints graph        # a maze that is longer than the horizon
@@ -176,7 +176,7 @@ def in_groups(solve_group, num_problems, planner, title):
 
 
 def controls(env, starts, goals, model, args, graph=None):
-    """Success rates by iteration of the controls in args.baselines, on the same problems and for as long."""
+    """Success rates by iteration of the controls in args.controls, on the same problems and for as long."""
     # The simulator has no gradient for gd to follow, and a system that draws its plans has no search budget. In both
     # cases the control plans with icem.
     other = args.planner.endswith("gd") or not args.opt_steps
@@ -198,7 +198,7 @@ def controls(env, starts, goals, model, args, graph=None):
         return solve(worlds, simulator_cost(worlds), model, oracle, device, group)
 
     solvers = {"random": random_policy, "oracle": true_simulator}
-    success = {name: in_groups(solvers[name], len(starts), "icem", CONTROLS[name]) for name in args.baselines}
+    success = {name: in_groups(solvers[name], len(starts), "icem", CONTROLS[name]) for name in args.controls}
     return {name: reached.float().mean(1).tolist() for name, reached in success.items()}
 
 
@@ -371,7 +371,7 @@ def get_args(argv=None):
     add("--num-samples", type=positive, help=f"number of candidates (default: {budget['num_samples']})")
     add("--topk", type=positive, help=f"number of elites (default: {budget['topk']})")
     add("--opt-steps", type=positive, help=f"iterations per plan (default: {budget['opt_steps']})")
-    add("--baselines", type=common.names(CONTROLS), default=[], help="controls on the same problems: random,oracle")
+    add("--controls", type=common.names(CONTROLS), default=[], help="controls on the same problems: random,oracle")
     add("--name", help="name of the result under plan_outputs/ (default: the run's)")
     dtype = "numbers in which the model sees and imagines (default: bfloat16 where that is faster, else float32)"
     add("--dtype", choices=("float32", "bfloat16"), help=dtype)
@@ -435,7 +435,7 @@ def main():
         raise UserError(f"--waypoints wants a model with a frozen encoder, which {args.ckpt} is not")
     processes.use_threads(device, model.num_patches)
     env = open_world(model, args.shift)
-    of_mazes = {"--baselines oracle": "oracle" in args.baselines, "--waypoints": args.waypoints}
+    of_mazes = {"--controls oracle": "oracle" in args.controls, "--waypoints": args.waypoints}
     of_mazes |= {"--goal-source random_action": args.goal_source == "random_action"}
     if not isinstance(env, PointMaze) and (given := [flag for flag, is_given in of_mazes.items() if is_given]):
         raise UserError(f"{given[0]} is for the mazes, and not for {model.world['env']}")

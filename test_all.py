@@ -1878,7 +1878,7 @@ def some_states(env, count):
 def test_plan_reports_success_intervals_and_controls_and_repeats_itself(runs, run):
     os.utime(runs / "vit" / "model.safetensors")  # the newest run is the default
     budget = f"--n-evals 3 --seed 0 1 --max-iter 2 {SEARCH}"
-    run(f"plan {budget} --baselines random,oracle")
+    run(f"plan {budget} --controls random,oracle")
     first, films = results("vit"), [f"problem_{i}.gif" for i in range(plan.FILMS)]
     written = {path.name for path in Path("plan_outputs/vit").iterdir()}
     assert written == {"table.md", "results.json", "success.png", *films}
@@ -1914,7 +1914,7 @@ def test_the_papers_variant_trains_and_plans_with_its_defaults(runs, run):
 def test_every_planner_plans_and_all_stand_in_one_table(runs, run):
     planners = ["cem", "gd", "mpc-gd", "mpc-icem", "mppi"]
     flags = f"--ckpt runs/plain --n-evals 2 --max-iter 2 {SEARCH} --planner {','.join(planners)}"
-    out = run(f"plan {flags} --baselines random,oracle")
+    out = run(f"plan {flags} --controls random,oracle")
     table = Path("plan_outputs/plain/table.md").read_text()
     assert "| search per plan | plans × model steps | success [95 %] | random | oracle | seconds" in table
     assert table in out and table.count("\n") == 2 + 3 + 2 * 2  # a row for each plan, of which two planners make two
@@ -2049,7 +2049,7 @@ plan --planner cem --num-samples 20                     | --topk 30 must lie bet
 plan --planner gd,mpc-icem --num-samples 5              | --topk 10 must lie between 2 and --num-samples 5
 plan --dtype float16                                    | invalid choice: 'float16'
 plan --n-taken-actions 6                                | --n-taken-actions 6 is more than the 5 that --goal-H plans
-plan --baselines magic                                  | unknown magic; known: random, oracle
+plan --controls magic                                  | unknown magic; known: random, oracle
 plan --planner cem,sgd                                  | unknown sgd; known: cem, icem, mppi, gd, mpc-cem
 plan --planner-args sample_type=ones                    | unknown ones; known: randn, zero
 plan --planner ,                                        | no name is given; known: cem, icem, mppi
@@ -2145,7 +2145,7 @@ def test_a_world_or_data_set_that_does_not_fit_a_run_is_named(runs, run, monkeyp
     message = "datasets/pointmaze has env pointmaze-medium, the checkpoint has pointmaze"
     run("plan --ckpt runs/plain --goal-source dset --data datasets/pointmaze", message)
     monkeypatch.setattr(plan, "PointMaze", mock.Mock)  # now the world is another one that can be put into a state
-    for flag in ("--baselines oracle", "--waypoints", "--goal-source random_action"):
+    for flag in ("--controls oracle", "--waypoints", "--goal-source random_action"):
         given = flag + " graph" * (flag == "--waypoints")
         run(f"plan --ckpt runs/plain {given}", f"{flag} is for the mazes, and not for pointmaze")
 

@@ -1,7 +1,7 @@
 """How much search does a plan need? Success by the number of candidates and iterations, for CEM, iCEM and MPPI.
 
 Every planner gets the same problems with each budget, and a tenth of the candidates as its elites. A random policy does
-not search, and the true simulator's success is measured at one budget: python plan.py --baselines random,oracle.
+not search, and the true simulator's success is measured at one budget: python plan.py --controls random,oracle.
 
     python -m extras.budget --seed $(seq 8000 8019)      # 1,000 problems, an hour on two cores
 

@@ -15,7 +15,7 @@ after a single plan, in larger mazes, and in a world that looks different from t
 Two encoders meet the same problems. Let the first alone solve b of them, and the second alone c. If neither is better,
 b is drawn from Binomial(b + c, 1/2), which gives the p-value of a difference (McNemar, 1947, in its exact form).
 
-    python -m extras.representation                  # the laptop set: no download, over three hours on two cores
+    python -m extras.representation                  # the laptop set: no download, two hours on two cores
     python -m extras.representation --quick          # one seed, the smallest maze: fifteen minutes on two cores
     python -m extras.representation --img-size 224 --curve dinov2 --steps 20000 --name pretrained \\
         --encoder dinov2,dinov2@random,dino_cls,dinov3,vjepa2,dino_tok,vfm_vae                       # on a GPU
@@ -48,9 +48,9 @@ from lib.worlds import ENVIRONMENTS, make_env
 from predictor import WorldModel
 
 SHIFTED, CONTROLS = "pointmaze", "controls"  # the maze that is shifted; what a job names instead of an encoder
-TRAINING = dict(img_size=64, steps=4000, batch_size=32, lr=1e-3)  # flags of train.py that are passed on, and defaults
+TRAINING = dict(img_size=64, steps=2000, batch_size=32, lr=1e-3)  # flags of train.py that are passed on, and defaults
 PLANNING = dict(n_evals=100, max_iter=3, num_samples=64, topk=16, opt_steps=4)  # and of plan.py
-PLANNER = dict(planner="mpc-icem", planner_args="keep=3", baselines="random,oracle")
+PLANNER = dict(planner="mpc-icem", planner_args="keep=3", controls="random,oracle")
 QUICK = dict(env="pointmaze", seeds="0", steps=1000, n_evals=50, curve="none", name="study_quick")
 CURVE = 0.25, 0.5, 1, 2  # the gradient steps of the curve's runs, as shares of --steps
 

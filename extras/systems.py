@@ -62,7 +62,7 @@ def measure(args, env_name, name, seed):
     train.train(train_args(args, env_name, name, seed))
     model = load_model(directory, device)
     env, settings = plan.open_world(model), plan.settle(plan_args(args, seed), PLANNER["planner"], model)
-    settings.ckpt, settings.baselines = str(directory), []
+    settings.ckpt, settings.controls = str(directory), []
     planned = plan.run(model, env, *plan.get_problems(env, settings, model), settings, device, directory)
     log = np.atleast_1d(np.genfromtxt(directory / "log.csv", delimiter=",", names=True))
     real, imagined = imagine(model, 64, device)
@@ -117,7 +117,7 @@ def table_rows(args, env, results):
         cells = rate_cells(np.array(rates)[:, [k - 1 for k in shown]], args.n_evals)
         rows.append([name, *cells, *rest, *[""] * (len(header) - 1 - len(cells) - len(rest))])
 
-    for name in PLANNER["baselines"].split(","):
+    for name in PLANNER["controls"].split(","):
         row(plan.CONTROLS[name], [run["success"][name] for run in results[env, CONTROLS]])
     copied = np.mean([run["copy"] for run in results[env, args.system[0]]], 0)
     rows.append(["copy", *[""] * len(shown), f"{copied[0]:.1f}", f"{copied[-1]:.1f}", *[""] * 4])

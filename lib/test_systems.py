@@ -274,7 +274,7 @@ def test_a_system_that_plans_without_a_cost_is_asked_for_actions(workplace, scri
     monkeypatch.setattr(tdmpc2.LeWM, "plan", actions, raising=False)
     taken, act = [], plan.Worlds.act
     monkeypatch.setattr(plan.Worlds, "act", lambda self, *args: taken.append(args[1]) or act(self, *args))
-    code, out, err = script("plan", *"--ckpt runs/own --n-evals 2 --max-iter 1 --baselines oracle".split())
+    code, out, err = script("plan", *"--ckpt runs/own --n-evals 2 --max-iter 1 --controls oracle".split())
     assert code == 0 and "| `mpc-icem` | none |" in out, err
     assert asked == [[(2, 3, 64, 64, 3), (2, 64, 64, 3)]]
     close(torch.as_tensor(taken[0]), torch.tensor([0.225, 0.35]).repeat(2, 5, 5))  # 0.25 deviations above the mean

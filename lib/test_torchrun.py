@@ -59,7 +59,7 @@ def test_two_processes_train_and_plan_as_one_does(folder):
         2,
         "--num-samples",
         20,
-        "--baselines",
+        "--controls",
         "random,oracle",
     ]
     for name, several in (("one", 1), ("two", 2)):

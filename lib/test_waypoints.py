@@ -108,7 +108,7 @@ PLAN = f"--ckpt runs/tiny --n-evals 4 --max-iter 2 {SEARCH} --waypoints graph".s
 def test_a_plan_along_waypoints_repeats_itself_and_draws_what_it_did(run, script, monkeypatch):
     monkeypatch.setattr(plan, "Graph", partial(Graph, nodes=40))
     for name in ("one", "two"):
-        code, out, err = script("plan", *PLAN, "--name", name, "--baselines", "oracle")
+        code, out, err = script("plan", *PLAN, "--name", name, "--controls", "oracle")
         assert code == 0, err
     one, two = (json.loads(Path(f"plan_outputs/{name}/results.json").read_text()) for name in ("one", "two"))
     assert all(one[name] == two[name] for name in ("success_by_iter", "controls", "waypoints"))
