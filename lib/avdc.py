@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lib.common import UserError
-from lib.systems import System, each
+from lib.systems import Background, System, each
 
 FRAMES, PAST = 5, 2  # frames that are generated, and that are known: two show a velocity (the paper: 7 and 1)
 SIDE, PATCH = 32, 4  # pixels of a frame's side, and of a pixel unshuffle (the paper: 128 and 1)
@@ -187,14 +187,12 @@ class AVDC(System):
         self.diffusion, self.unet = Diffusion(), VideoUNet(pixels, (PAST + 1) * pixels, width)
         self.diffusion.weight = 5 * self.diffusion.sigma**2  # of v^, so that x^ weighs 5 at all times
         self.inverse, self.img_size = InverseModel(width, self.action_dim), img_size
-        self.register_buffer("background", torch.zeros(3, SIDE, SIDE))
+        self.background = Background(SIDE)
 
     def small(self, frames):
         """Frames (B, T, H, W, 3) of 0 to 255 -> small ones, as the networks see them, (B, T, 3, SIDE, SIDE)."""
         images = F.interpolate(frames.flatten(0, 1).movedim(-1, 1).float() / 127.5 - 1, (SIDE, SIDE), mode="area")
-        if self.training and not self.background.any():
-            self.background.copy_(images.mean(0))
-        return CONTRAST * (images - self.background).unflatten(0, frames.shape[:2])
+        return CONTRAST * self.background(images).unflatten(0, frames.shape[:2])
 
     def encode(self, obs):
         """The small frames, each one token of all its pixels."""
@@ -203,7 +201,7 @@ class AVDC(System):
 
     def paint(self, latents):
         """The images show no more than the small ones that `encode` returns."""
-        small = latents.unflatten(-1, (3, SIDE, SIDE)).flatten(0, 1) / CONTRAST + self.background
+        small = latents.unflatten(-1, (3, SIDE, SIDE)).flatten(0, 1) / CONTRAST + self.background.image
         return F.interpolate((small + 1) / 2, (self.img_size, self.img_size))
 
     def network(self, x, t, known):
@@ -238,7 +236,7 @@ class AVDC(System):
         if steps > FRAMES:
             raise UserError(f"--goal-H {steps} is more than the {FRAMES} frames that avdc generates")
         past, goal = (
-            torch.from_numpy(obs["visual"][problems]).to(self.background.device)
+            torch.from_numpy(obs["visual"][problems]).to(self.action_mean.device)
             for obs in (worlds.past, worlds.goal_obs)
         )
         past = torch.cat([past[:, :1], past], 1)[:, -PAST:]  # at rest before the first frame

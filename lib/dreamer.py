@@ -43,7 +43,7 @@ from timm.layers import LayerNorm2d
 from torch import nn
 
 from lib.common import UserError
-from lib.systems import System, each
+from lib.systems import Background, System, each
 
 
 def conv_widths(img_size, channels):
@@ -149,15 +149,12 @@ class Dreamer(System):
         self.encoder, embed = conv_encoder(img_size, channels)
         self.rssm = RSSM(embed, self.action_dim, deter, mlp_dim, groups, classes)
         self.decoder = conv_decoder(deter + groups * classes, img_size, channels)
-        self.register_buffer("background", torch.zeros(3, img_size, img_size))
+        self.background = Background(img_size)
         self.state_dim = deter + groups * classes
 
     def images(self, frames):
         """Frames (B, T, H, W, 3) of 0 to 255 -> what the encoder sees of them, (B, T, 3, H, W)."""
-        images = frames.movedim(-1, -3).float() / 255
-        if self.training and not self.background.any():  # the first batch of a training
-            self.background.copy_(images.mean((0, 1)))
-        return images - self.background
+        return self.background(frames.movedim(-1, -3).float() / 255)
 
     def filter(self, e, actions):
         """Goes through embeddings e (B, T, E) of frames and the actions between them, (B, T - 1, A), from the initial
@@ -191,7 +188,7 @@ class Dreamer(System):
         return self.latents(torch.stack(h, 1), torch.stack(z, 1), F.pad(e, (0, 0, 0, len(h) - known)))
 
     def paint(self, latents):
-        return self.decoder(latents[:, 0, : self.state_dim]) + self.background
+        return self.decoder(latents[:, 0, : self.state_dim]) + self.background.image
 
     def criterion(self, z, target, reduction="mean"):
         """The squared error of embeddings: of what z (B, T, 1, ...) is decoded to, and of the frame of `target`."""

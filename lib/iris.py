@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lib.common import UserError, to_tensor
-from lib.systems import System
+from lib.systems import Background, System
 
 # ---- The autoencoder -----------------------------------------------------------------------------
 
@@ -93,16 +93,16 @@ class Autoencoder(nn.Module):
         self.codes = nn.Embedding(codes, dim)
         nn.init.uniform_(self.codes.weight, -1 / codes, 1 / codes)
         self.decoder = nn.Sequential(*up, nn.PixelShuffle(patch))
-        self.register_buffer("background", torch.zeros(3, img_size, img_size))
+        self.background = Background(img_size)
 
     def encode(self, images):
         """Images (B, 3, H, W) in [-1, 1] -> e (B, K, d), and the tokens (B, K) of the nearest codes."""
-        e = self.encoder(images - self.background).flatten(2).mT
+        e = self.encoder(self.background(images)).flatten(2).mT
         return e, torch.cdist(e.flatten(0, 1), self.codes.weight).argmin(-1).view(e.shape[:2])
 
     def decode(self, codes):
         """Codes (B, K, d) -> images (B, 3, H, W)."""
-        return self.background + self.decoder(codes.mT.unflatten(2, (int(codes.shape[1] ** 0.5), -1)))
+        return self.background.image + self.decoder(codes.mT.unflatten(2, (int(codes.shape[1] ** 0.5), -1)))
 
     def forward(self, images):
         """Images (B, 3, H, W) -> the images that are painted from their codes, and the error of the codes."""
@@ -204,10 +204,8 @@ class IRIS(System):
         if early or not self.training:
             frames = batch["visual"][:, :: self.num_frames - 1]
             images = to_tensor(frames.flatten(0, 1), frames.device) * 2 - 1  # (2 * B, 3, H, W) in [-1, 1]
-            if self.training and not self.autoencoder.background.any():
-                self.autoencoder.background.copy_(images.mean(0))
             painted, codes = self.autoencoder(images)
-            moving = (images - self.autoencoder.background).abs()
+            moving = self.autoencoder.background(images).abs()
             reconstruction = ((1 + moving / moving.mean().clamp(min=1e-6)) * (painted - images).abs()).mean()
             loss, parts = reconstruction + codes, {"recon": reconstruction, "codes": codes}
         if not (early and self.training):

@@ -70,6 +70,19 @@ def each(network, x):
     return network(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
+class Background(nn.Module):
+    """Subtracts the mean image of the first batch of a training, which shows what never changes: the maze."""
+
+    def __init__(self, side):
+        super().__init__()
+        self.register_buffer("image", torch.zeros(3, side, side))
+
+    def forward(self, images):  # (..., 3, side, side)
+        if self.training and not self.image.any():
+            self.image.copy_(images.flatten(0, -4).mean(0))
+        return images - self.image
+
+
 class System(nn.Module):
     """Arguments as `WorldModel`'s, and `sizes` where they differ from the class's own. A subclass has a `name`, default
     `sizes`, and how it is trained: `num_frames` of a window, `batch_size`, `steps` and `lr` of AdamW (its weight
