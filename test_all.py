@@ -793,13 +793,21 @@ def tiny_dream(heads, max_steps=20):
 
 
 def test_dream_scores_count_each_dream_to_its_own_end():
-    """With a reward of 1 scores are the geometric lifetimes that done's probability gives."""
-    dream = tiny_dream("done", 300)
-    nn.init.zeros_(dream.rnn.heads["done"].weight)
-    nn.init.constant_(dream.rnn.heads["done"].bias, np.log(0.05 / 0.95))
-    scores, steps = wm.dream_scores(dream, wm.Controller(20, 1), np.zeros((2, 21), "f"), 0, 2000)
-    assert scores.shape == (2, 2000) and scores.min() == 1 and scores.sum() == steps and np.array_equal(*scores)
-    assert scores.mean() == pytest.approx(20, abs=1.5) and scores.std() == pytest.approx(20, abs=3)
+    """With a reward of 1 a score is the first step at which done has the odds of 1 to 10, as counted dream by dream."""
+    dream, controller, params = tiny_dream("done", 300), wm.Controller(20, 1), torch.randn(2, 21)
+    nn.init.normal_(dream.rnn.heads["done"].weight, std=5.0)
+    nn.init.constant_(dream.rnn.heads["done"].bias, -4.0)
+    scores, steps = wm.dream_scores(dream, controller, params.numpy(), 0, 200)
+    dream.generator.manual_seed(0)
+    trial, alive = torch.arange(200).repeat(2), torch.ones(400, dtype=torch.bool)
+    features, each, lifetimes = dream.reset(trial), params.repeat_interleave(200, 0), torch.zeros(400)
+    for _ in range(300):
+        features, _, _ = dream.step(controller(each, features))
+        lifetimes += alive
+        logit = features[:, 4:12] @ dream.rnn.heads["done"].weight[0] + dream.rnn.heads["done"].bias
+        alive &= logit.exp() * 10 <= 1
+    assert scores.sum() == steps and scores.min() < 10 < scores.max() and len(np.unique(scores)) > 10
+    close(torch.from_numpy(scores).flatten(), lifetimes, atol=0, rtol=0)
 
 
 def test_dream_scores_give_each_candidate_its_own_weights():

@@ -319,12 +319,12 @@ class Agents:
 
 
 class Dream:
-    """Thousands of dreams at once (section 4.2): M draws z_{t+1} and done, and gives the mean of the reward.
+    """Thousands of dreams at once (section 4.2): M draws z_{t+1}, and gives the mean of the reward, and done.
 
     A dream begins at the first z of a real episode, with an empty memory; `start` holds mu and logvar, (E, z_dim) each.
     At a temperature `tau` above 1 it is less certain, and harder to exploit (section 4.5). Without a reward head each
     step is worth 1, and without a done head a dream lasts `max_steps`.
-    Deviation: done is drawn from its probability; the paper's code ends a dream where the weighted one is above 1/2.
+    As in the paper's code a dream ends once done has a probability of 1/11: there the weight of 10 makes the odds even.
     """
 
     def __init__(self, rnn, start, tau=1.0, max_steps=1000, cell=False):
@@ -356,7 +356,7 @@ class Dream:
         reward = heads["reward"](h)[:, 0] if "reward" in heads else torch.ones(len(h), device=self.device)
         done = torch.full((len(h),), self.t >= self.max_steps, device=self.device)
         if "done" in heads:  # here the dream ends an episode
-            done |= torch.rand(self.trials, **self.random)[self.trial] < torch.sigmoid(heads["done"](h)[:, 0])
+            done |= torch.sigmoid(heads["done"](h)[:, 0].float()) > 1 / 11
         return features_of(self.z, self.state, self.cell), reward, done
 
     def keep(self, rows):
