@@ -15,7 +15,7 @@ after a single plan, in larger mazes, and in a world that looks different from t
 Two encoders meet the same problems. Let the first alone solve b of them, and the second alone c. If neither is better,
 b is drawn from Binomial(b + c, 1/2), which gives the p-value of a difference (McNemar, 1947, in its exact form).
 
-    python -m extras.representation                  # the laptop set: no download, two hours on two cores
+    python -m extras.representation                  # the laptop set: no download, some three hours on two cores
     python -m extras.representation --quick          # one seed, the smallest maze: fifteen minutes on two cores
     python -m extras.representation --img-size 224 --curve dinov2 --steps 20000 --name pretrained \\
         --encoder dinov2,dinov2@random,dino_cls,dinov3,vjepa2,dino_tok,vfm_vae                       # on a GPU
