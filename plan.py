@@ -13,7 +13,7 @@ whole plan; the paper, and a checkpoint of `--variant paper`, has a history of f
 
     python plan.py                                             # the newest run
     python plan.py --ckpt runs/pointmaze_vae --seed 99 7 2024  # 3 x 50 problems
-    python plan.py --controls random,oracle                   # with controls, on the same problems
+    python plan.py --controls random,oracle                    # with controls, on the same problems
     python plan.py --planner cem,gd,mpc-cem,mpc-gd             # the paper's comparison of planners, as a table
     python plan.py --goal-source goals.json                    # problems that --save-targets goals.json wrote
     python plan.py --ckpt runs/pointmaze-large_pca --waypoints graph        # a maze that is longer than the horizon

@@ -319,7 +319,7 @@ class Agents:
 
 
 class Dream:
-    """Thousands of dreams at once (section 4.2): M draws z_{t+1}, and gives the mean of the reward, and done.
+    """Thousands of dreams at once (section 4.2): M draws z_{t+1}, gives the mean reward, and ends episodes.
 
     A dream begins at the first z of a real episode, with an empty memory; `start` holds mu and logvar, (E, z_dim) each.
     At a temperature `tau` above 1 it is less certain, and harder to exploit (section 4.5). Without a reward head each
