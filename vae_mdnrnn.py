@@ -14,9 +14,8 @@ M alone, in a dream that never renders a frame (TakeCover, section 4). What the 
     torchrun --nproc-per-node 4 vae_mdnrnn.py train-c   # four processes share the population
     python vae_mdnrnn.py bench                      # dream steps per second
 
-Everything lands in runs/worldmodels_<env>; `iterate` writes to runs/worldmodels_<env>_iterate. Training that was killed
-goes on where it stopped when the same command is given again, and what is trained or collected stays. A `collect` that
-was killed begins again, and `test` always plays.
+Everything lands in runs/worldmodels_<env>, or of `iterate` in runs/worldmodels_<env>_iterate. If the same command is
+given again, training goes on where it was killed, `collect` begins again unless it was done, and `test` always plays.
 """
 
 import argparse
@@ -105,8 +104,8 @@ def moving(x, before):
 
 
 def frames_and_motion(frames, index, starts, device):
-    """The frames `index` as images (B, 3, H, W), and how much they move, (B, 1, H, W). Episodes begin at `starts`."""
-    x, before = (to_tensor(frames[i], device) for i in (index, index - ~np.isin(index, starts)))
+    """The frames `index` as images (B, 3, H, W), and how much they move, (B, 1, H, W); nothing does at `starts`."""
+    x, before = (to_tensor(frames[i], device) for i in (index, np.where(np.isin(index, starts), index, index - 1)))
     return x, moving(x, before)
 
 
@@ -186,8 +185,8 @@ def mdn_nll(logit, mu, logsigma, z):
 
 
 def mdn_sample(logit, mu, logsigma, gumbel, noise, tau=1.0):
-    """z (..., z_dim): k ~ Categorical(softmax(logit / tau)), then z ~ N(mu_k, tau sigma_k^2) (the paper's code), from
-    random numbers: gumbel (..., G, K), since the largest of Gumbels is a categorical sample, and noise (..., G, D)."""
+    """Draws z (..., z_dim) as the paper's code does: k ~ Categorical(softmax(logit / tau)), z ~ N(mu_k, tau sigma_k^2).
+    Its random numbers are given: gumbel (..., G, K), of which the Gumbel-max trick makes k, and noise (..., G, D)."""
     k = (logit / tau + gumbel).argmax(-1)[..., None, None].expand(*noise.shape[:-1], 1, noise.shape[-1])
     mu, logsigma = (part.gather(-2, k)[..., 0, :] for part in (mu, logsigma))  # (..., G, D)
     return (mu + math.sqrt(tau) * logsigma.exp() * noise).flatten(-2)
@@ -197,8 +196,8 @@ def mdnrnn_loss(rnn, z, a, reward, done, valid, restart, done_weight=10.0, bf16=
     """Teacher forcing: from z_t, a_t and its state M predicts z_{t+1}; its heads predict done, reward and next action.
 
     All are (B, T, ...), and padded where `valid` (B, T) is false. As in the paper's code the likelihood is divided by
-    z_dim, and the rare last step of an episode weighs `done_weight`, which is added to the head's log odds, so that it
-    learns the true ones. With `bf16` M computes in bfloat16.
+    z_dim, and the rare last step of an episode weighs `done_weight`. Unlike there, the log of this weight is added to
+    the head's logit in the loss, so that the head itself learns the true log odds. With `bf16` M computes in bfloat16.
     """
     both = valid[:, 1:]  # step t + 1 exists, and so does step t
     with bfloat16(z.device, bf16):
@@ -324,7 +323,7 @@ class Dream:
     A dream begins at the first z of a real episode, with an empty memory; `start` holds mu and logvar, (E, z_dim) each.
     At a temperature `tau` above 1 it is less certain, and harder to exploit (section 4.5). Without a reward head each
     step is worth 1, and without a done head a dream lasts `max_steps`.
-    As in the paper's code a dream ends once done has a probability of 1/11: there the weight of 10 makes the odds even.
+    As in the paper's code a dream ends once the odds of done exceed 1 : 10 (the weight of 10 makes them even there).
     """
 
     def __init__(self, rnn, start, tau=1.0, max_steps=1000, cell=False):
@@ -334,12 +333,12 @@ class Dream:
         self.generator = torch.Generator(self.device)
         self.random = dict(generator=self.generator, device=self.device)
 
-    def reset(self, trial):
-        """Begins dreams and returns what C sees of each, (B, in_dim). Dreams with the same number in `trial` (B,) draw
-        the same random numbers."""
-        self.t, self.trial, self.trials, (mu, logvar) = 0, trial.to(self.device), int(trial.max()) + 1, self.start
-        i = torch.randint(len(mu), (self.trials,), **self.random)
-        self.z = sample_z(mu[i], logvar[i], self.generator)[self.trial]
+    def reset(self, trial, trials=None):
+        """Begins dreams and returns what C sees of each, (B, in_dim). Dreams with the same number in `trial` (B,), one
+        of `trials` (default: as many as they need), draw the same random numbers."""
+        self.t, self.trial, self.trials = 0, trial.to(self.device), trials or int(trial.max()) + 1
+        i = torch.randint(len(self.start[0]), (self.trials,), **self.random)
+        self.z = sample_z(*(x[i] for x in self.start), self.generator)[self.trial]
         self.state = (self.rnn.mdn.weight.new_zeros(1, len(trial), self.rnn.hidden),) * 2
         return features_of(self.z, self.state, self.cell)
 
@@ -351,7 +350,7 @@ class Dream:
         h, heads, self.t = h[:, 0], self.rnn.heads, self.t + 1  # h (B, hidden)
         logit, mu, logsigma = self.rnn.mixture(h)
         gumbel = -torch.log(-torch.log(torch.rand(self.trials, *logit.shape[1:], **self.random)))
-        noise = torch.randn(self.trials, *mu.shape[1::2], **self.random)
+        noise = torch.randn(self.trials, *mu.shape[1::2], **self.random)  # (trials, G, D)
         self.z = mdn_sample(logit, mu, logsigma, gumbel[self.trial], noise[self.trial], self.tau)
         reward = heads["reward"](h)[:, 0] if "reward" in heads else torch.ones(len(h), device=self.device)
         done = torch.full((len(h),), self.t >= self.max_steps, device=self.device)
@@ -368,11 +367,11 @@ class Dream:
 
 
 @torch.inference_mode()
-def dream_returns(dream, controller, params, trial, seed):
+def dream_returns(dream, controller, params, trial, trials, seed):
     """What each row of params (B, num_params), the weights of a C, earns in a dream, (B,), and how many steps they all
-    take. Dreams with the same number in `trial` (B,) draw the same random numbers."""
+    take. `trial` (B,) and `trials` are those of `Dream.reset`."""
     dream.generator.manual_seed(seed)
-    features, alive = dream.reset(trial), torch.arange(len(params), device=dream.device)
+    features, alive = dream.reset(trial, trials), torch.arange(len(params), device=dream.device)
     total, running = torch.zeros(len(params), device=dream.device), torch.ones(len(params), device=dream.device)
     steps = torch.zeros((), dtype=torch.int64, device=dream.device)
     while running.any():
@@ -393,8 +392,8 @@ def dream_scores(dream, controller, params, seed, trials):
     All rows meet the same random numbers, as if on the same tracks. The processes of torchrun share the dreams."""
     each = torch.as_tensor(params, device=dream.device).repeat_interleave(trials, 0)  # each dream has its own C
     groups = [rows for rows in torch.arange(len(each)).tensor_split(WORLD_SIZE) if len(rows)]
-    dreams = processes.share(lambda rows: dream_returns(dream, controller, each[rows], rows % trials, seed), groups)
-    returns, steps = zip(*dreams, strict=True)
+    part = lambda rows: dream_returns(dream, controller, each[rows], rows % trials, trials, seed)  # noqa: E731
+    returns, steps = zip(*processes.share(part, groups), strict=True)
     return np.concatenate(returns).reshape(len(params), trials), sum(steps)
 
 
@@ -410,11 +409,11 @@ def real_scores(pool, args, params, seed, trials):
 
 
 def evolve(scores, mean, path, popsize, trials, steps, score_trials, sigma0=0.1, seed=0, report=lambda *_: None):
-    """CMA-ES (appendix A.4) from `mean` (n,), for about `steps` steps. `path` keeps the best mean of a population.
+    """CMA-ES (appendix A.4) from `mean` (n,), for about `steps` steps. `path` keeps the search; its best mean is C.
 
     scores(params (P, n), seed, trials) -> (P, trials) returns, and the steps that they took. All candidates of a
     generation get the same seed and so drive on the same tracks, or dream on the same random numbers. After every fifth
-    generation and the last, the mean is scored over `score_trials` trials, always with the same seed.
+    generation and the last, CMA-ES's mean is scored over `score_trials` trials, always with the same seed.
     Deviations: the paper's code also lowers the return of large weights, gives tracks to pairs of candidates, scores
     the mean after every 25th generation over 1,024 trials, and has 64 candidates with 16 trials each. Here candidates
     have few trials, and `popsize` is their first number and the largest. Early on a few candidates suffice to find a
@@ -424,11 +423,11 @@ def evolve(scores, mean, path, popsize, trials, steps, score_trials, sigma0=0.1,
     CMA-ES is deterministic, so the fitness values are its checkpoint: a resumed run tells it the stored values.
     """
 
-    def population(size, mean, sigma, seed=math.nan):  # not a number: the random numbers go on
+    def population(size, mean, sigma, seed=math.nan):  # with NaN the random numbers go on where they were
         return cma.CMAEvolutionStrategy(mean, sigma, {"popsize": size, "seed": seed, "verbose": -9})
 
     begun = dict(popsize=popsize, trials=trials, score_trials=score_trials, sigma0=sigma0, seed=seed)
-    es = population(popsize[0], mean, sigma0, seed + 1)
+    es = population(popsize[0], mean, sigma0, seed + 1)  # 0 would mean the clock
     search = dict(score=-math.inf, params=torch.tensor(mean, dtype=torch.float32), fitness=[], log=[], begun=begun)
     if path.exists():
         search = recipes.load_search(path, len(mean), begun)
@@ -492,8 +491,9 @@ def collect(args):
 def train_v(args):
     """2. V on the frames, then mu and logvar of each frame into latents.npy."""
     dataset, path = data.Dataset(need(args, "data", "collect")), args.run / "latents.npy"
-    frames, starts = dataset.frames, dataset.episode_starts
-    first = starts[first_held_out(dataset)]
+    frames, starts, first = dataset.frames, dataset.episode_starts, dataset.episode_starts[first_held_out(dataset)]
+    if not (args.run / "vae.safetensors").exists():
+        common.remove(path)  # which an earlier V has made
     torch.manual_seed(args.seed)
     vae = VAE(args.z_dim).to(args.device)
     if args.previous:
@@ -587,7 +587,7 @@ def iterate(args):
     table, previous, heads = [], None, f"{args.heads},action"
     for i in range(args.iterations):
         print(f"iteration {i + 1} of {args.iterations}")
-        own = {name: getattr(args, name)[: i + 1][-1] for name in recipes.BUDGETS}
+        own = {name: getattr(args, name)[: i + 1][-1] for name in recipes.BUDGETS}  # the last one holds from then on
         own |= dict(run=args.run / f"iteration{i + 1}", heads=heads, previous=previous)
         previous = argparse.Namespace(**vars(args) | own)
         recipes.begin_run(previous)

@@ -48,11 +48,11 @@ from lib.worlds import ENVIRONMENTS, make_env
 from predictor import WorldModel
 
 SHIFTED, CONTROLS = "pointmaze", "controls"  # the maze that is shifted; what a job names instead of an encoder
-TRAINING = dict(img_size=64, steps=2000, batch_size=32, lr=1e-3)  # flags of train.py that are passed on, and defaults
+TRAINING = dict(img_size=64, steps=1000, batch_size=32, lr=1e-3)  # flags of train.py that are passed on, and defaults
 PLANNING = dict(n_evals=100, max_iter=3, num_samples=64, topk=16, opt_steps=4)  # and of plan.py
 PLANNER = dict(planner="mpc-icem", planner_args="keep=3", controls="random,oracle")
-QUICK = dict(env="pointmaze", seeds="0", steps=1000, n_evals=50, curve="none", name="study_quick")
-CURVE = 0.25, 0.5, 1, 2  # the gradient steps of the curve's runs, as shares of --steps
+QUICK = dict(env="pointmaze", seeds="0", n_evals=50, curve="none", name="study_quick")
+CURVE = 0.25, 0.5, 1, 2, 4  # the gradient steps of the curve's runs, as shares of --steps
 
 # The question that each pair of encoders answers. A pair is compared if both are in the study, and so is every encoder
 # with the first.

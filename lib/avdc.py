@@ -1,28 +1,28 @@
 """AVDC (Ko et al., 2023, arXiv:2310.08576; flow-diffusion/AVDC): generate a video to the goal, and act it out.
 
 A diffusion model generates the next FRAMES frames x, given the last ones and the goal, which is the last of them
-(section 3.1, and as released):
+(section 3.1):
 
     x_t = alpha_t x + sigma_t n,    n ~ N(0, 1),    alpha_t^2 = 1 - sigma_t^2 = prod_{s <= t} (1 - beta_s)
-    v = alpha_t n - sigma_t x                                  the target of the network (Salimans & Ho, 2022)
-    L = mean min(SNR_t, 5) / (SNR_t + 1) ||v^(x_t, t) - v||^2,       SNR_t = alpha_t^2 / sigma_t^2 (Hang et al., 2023)
+    L = mean ||x^(x_t, t) - x||^2
 
 with the cosine schedule of Nichol & Dhariwal (2021). A video comes from noise in a few steps t -> t' of DDIM (Song
 et al., 2021), without new noise:
 
-    x^ = alpha_t x_t - sigma_t v^,    n^ = sigma_t x_t + alpha_t v^,    x_t' = alpha_t' x^ + sigma_t' n^
+    n^ = (x_t - alpha_t x^) / sigma_t,    x_t' = alpha_t' x^ + sigma_t' n^
 
 An inverse model g, which learns from the same frames and actions, reads the actions from the video and what was before:
 
     L = mean_k ||g(x)_k - a_k||^2
 
 Deviations:
-- The network predicts x^, from which v^ = (alpha_t x_t - x^) / sigma_t follows, because a small network need not
+- The network predicts the video, and the release's predicts v = alpha_t n - sigma_t x, because a small network need not
   reproduce the noise. All networks see how a frame differs from the background, CONTRAST times as strongly: the ball is
   small.
-- The loss weighs x^ alike at all times: L = mean 5 sigma_t^2 ||v^ - v||^2 = mean 5 ||x^ - x||^2. The release's weight
-  above does so only where the signal is strong, and with it our network hardly learned to begin a video. Channels say
-  which frame is which. The release samples by DDPM in 100 steps; here DDIM has 10.
+- The loss weighs x^ alike at all times. The release weighs the error of v by min(SNR_t, 5) / (SNR_t + 1), with SNR_t =
+  alpha_t^2 / sigma_t^2, which does so only where the signal is strong, and with it our network hardly learned to begin
+  a video. A one-hot vector in more channels tells the network which frame of the video it sees.
+- The release samples by DDPM in 100 steps; here DDIM has 10.
 - AVDC reads actions from dense optical flow, and knows the goal as a text. Here it is an image: the video's last frame.
 - The U-Net has frames of 32 x 32 pixels, to which it applies a pixel unshuffle of 4 x 4. As released, a convolution in
   space is followed by one in time; but there is no attention, there is one block where the release has two or three,
@@ -57,39 +57,25 @@ def cosine_schedule(timesteps, s=0.008):
 
 
 class Diffusion(nn.Module):
-    """Noise, target and sampling, for any network(x_t, t, *condition) -> v^."""
+    """Loss and sampling, for any network(x_t, t, *condition) -> x^."""
 
     def __init__(self, timesteps=100):
         super().__init__()
-        alpha, sigma = cosine_schedule(timesteps)
-        snr = (alpha / sigma) ** 2
-        for name, table in {"alpha": alpha, "sigma": sigma, "weight": snr.clamp(max=5) / (snr + 1)}.items():
+        for name, table in zip(("alpha", "sigma"), cosine_schedule(timesteps), strict=True):
             self.register_buffer(name, table, persistent=False)
 
-    def at(self, t, x):
-        """alpha_t and sigma_t at the times t (B,), in a shape to be multiplied with x (B, ...)."""
-        return (table[t].view(-1, *[1] * (x.dim() - 1)) for table in (self.alpha, self.sigma))
-
-    def noised(self, x, t, noise):
-        """x_t, and the target v."""
-        alpha, sigma = self.at(t, x)
-        return alpha * x + sigma * noise, alpha * noise - sigma * x
-
     def loss(self, network, x, *condition):
-        """The loss, and x^: the videos as they are denoised in one step."""
+        """The error of videos x (B, ...) that are denoised in one step, from a random time each."""
         t, noise = torch.randint(len(self.alpha), x.shape[:1], device=x.device), torch.randn_like(x)
-        x_t, v = self.noised(x, t, noise)
-        predicted = network(x_t, t, *condition)
-        alpha, sigma = self.at(t, x)
-        loss = (self.weight[t] * (predicted - v).square().flatten(1).mean(1)).mean()
-        return loss, (alpha * x_t - sigma * predicted).detach()
+        alpha, sigma = (table[t].view(-1, *[1] * (x.dim() - 1)) for table in (self.alpha, self.sigma))
+        return F.mse_loss(network(alpha * x + sigma * noise, t, *condition), x)
 
     def sample(self, network, x, steps, *condition):
         """Videos out of the noise x, in `steps` steps of DDIM."""
         times = torch.linspace(-1, len(self.alpha) - 1, steps + 1).int().flip(0).tolist()
         for t, after in zip(times, times[1:], strict=False):
-            v, alpha, sigma = network(x, x.new_full(x.shape[:1], t).long(), *condition), self.alpha[t], self.sigma[t]
-            clean, noise = alpha * x - sigma * v, sigma * x + alpha * v
+            clean = network(x, x.new_full(x.shape[:1], t).long(), *condition)
+            noise = (x - self.alpha[t] * clean) / self.sigma[t]
             x = clean if after < 0 else self.alpha[after] * clean + self.sigma[after] * noise
         return x
 
@@ -185,7 +171,6 @@ class AVDC(System):
             raise UserError(f"--sizes width={width} is not a multiple of the 8 groups that avdc normalises")
         pixels = 3 * PATCH**2
         self.diffusion, self.unet = Diffusion(), VideoUNet(pixels, (PAST + 1) * pixels, width)
-        self.diffusion.weight = 5 * self.diffusion.sigma**2  # of v^, so that x^ weighs 5 at all times
         self.inverse, self.img_size = InverseModel(width, self.action_dim), img_size
         self.background = Background(SIDE)
 
@@ -205,21 +190,18 @@ class AVDC(System):
         return F.interpolate((small + 1) / 2, (self.img_size, self.img_size))
 
     def network(self, x, t, known):
-        """v^ of videos x (B, FRAMES, 3, SIDE, SIDE), given the last frames and the goal, `known` (B, PAST + 1, ...)."""
-        condition, (alpha, sigma) = F.pixel_unshuffle(known, PATCH).flatten(1, 2), self.diffusion.at(t, x)
-        clean = F.pixel_shuffle(self.unet(F.pixel_unshuffle(x, PATCH), t, condition), PATCH)  # x^
-        return (alpha * x - clean) / sigma
+        """x^ of videos x (B, FRAMES, 3, SIDE, SIDE), given the last frames and the goal, `known` (B, PAST + 1, ...)."""
+        condition = F.pixel_unshuffle(known, PATCH).flatten(1, 2)
+        return F.pixel_shuffle(self.unet(F.pixel_unshuffle(x, PATCH), t, condition), PATCH)
 
     def loss(self, batch, *_):
-        """Frames (B, T, H, W, 3) and actions (B, T, A) -> the loss and its parts. `visual` is the squared error of the
-        videos as they are denoised in one step, from any time of the diffusion."""
+        """Frames (B, T, H, W, 3) and actions (B, T, A) -> the loss and its parts."""
         frames, now = self.small(batch["visual"]), PAST - 1
         video, known = frames[:, PAST:], torch.cat([frames[:, :PAST], frames[:, -1:]], 1)
-        diffusion, clean = self.diffusion.loss(self.network, video, known)
+        visual = self.diffusion.loss(self.network, video, known)
         actions = self.encode_action(batch["action"][:, now:-1])
         inverse = F.mse_loss(self.inverse(frames)[:, now:], actions)
-        parts = {"visual": self.criterion(clean, video), "diffusion": diffusion.detach(), "inverse": inverse.detach()}
-        return diffusion + inverse, parts
+        return visual + inverse, {"visual": visual.detach(), "inverse": inverse.detach()}
 
     @torch.no_grad()
     def generate(self, past, goal):

@@ -91,7 +91,7 @@ def test_processes_that_see_different_data_are_refused(folder):
     assert "error: the processes of torchrun see different data at datasets/pointmaze" in printed
 
 
-def test_two_processes_find_a_controller_and_for_the_real_world_the_one_that_one_finds(folder):
+def test_two_processes_find_the_controller_that_one_finds(folder):
     script, tiny = (
         ROOT / "vae_mdnrnn.py",
         ["--env", "pointmaze", "--episodes", 4, "--max-steps", 15, "--sizes", "hidden=8"],
@@ -107,7 +107,8 @@ def test_two_processes_find_a_controller_and_for_the_real_world_the_one_that_one
             flags = [*tiny, *search, "--in", where, "--out", out]
             code, printed = start(folder, script, "train-c", *flags, processes=several)
             assert code == 0 and printed.count("weights, ") == 1, printed
-        one, two = ((folder / out / f"{name}.csv").read_text() for out in ("one", "two"))
-        assert one.count("\n") > 2 and (one == two) == (where == "real")  # they dream other dreams than one does alone
+        one, two = (np.genfromtxt(folder / out / f"{name}.csv", delimiter=",", skip_header=1) for out in ("one", "two"))
+        assert len(one) > 1
+        np.testing.assert_allclose(one, two, rtol=0 if where == "real" else 1e-4)  # a dream is rounded differently
     code, printed = start(folder, script, "train-v", *tiny, "--out", "one", processes=2)
     assert code != 0 and "error: the step train-v is for one process: torchrun shares train-c alone" in printed
