@@ -8,7 +8,7 @@ CEM (Rubinstein, 1999) keeps a Gaussian over action sequences and moves it to wh
 
 V-JEPA 2-AC (Assran et al., 2025, arXiv:2506.09985; the released code) clips the numbers of a candidate to
 |a| <= maxnorm (here all of them, there all but the gripper's), and moves the Gaussian with momentum:
-mean <- momentum mean + (1 - momentum) mean(E), and std alike.
+mean <- momentum mean + (1 - momentum) mean(E), and std alike (there with a momentum of its own).
 
 The improved CEM (iCEM, Pinneri et al., 2020, arXiv:2008.06389) draws noise whose neighbours in time are alike, with a
 power spectrum 1 / f^beta, and lets some of the elites run again. Deviations: the population does not shrink, no elite

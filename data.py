@@ -32,6 +32,7 @@ from lib.pictures import write_strips
 from lib.worlds import ENVIRONMENTS, EpisodePool
 
 VERSION = 2  # of the format, and of how the mazes are drawn
+EPISODES, STEPS = 2000, 20  # of a data set, and rows of an episode, if nothing else is asked for
 
 
 def default_folder(env, img_size):
@@ -192,7 +193,8 @@ class Windows:
         every = first[:, None] + np.arange(self.stride * self.num_frames)
         action = self.dataset.actions[every].reshape(*rows.shape, -1)
         batch = {"visual": tokens[rows], "proprio": self.dataset.states[rows], "action": action}
-        batch |= {"frames": self.dataset.frames[rows[:, -frames:]]} if frames else {}
+        if frames:
+            batch["frames"] = self.dataset.frames[rows[:, -frames:]]
         return {name: torch.from_numpy(array).to(device, torch.float32) for name, array in batch.items()}
 
     def batches(self, order, tokens, batch_size, device, frames=0):
@@ -222,7 +224,8 @@ def token_cache(encoder, dataset, device, batch_size=256):
             writer = NpyWriter(temporary, shape[1:], dtype)
             starts = range(0, shape[0], batch_size * WORLD_SIZE)
             for i in tqdm(starts, desc=f"encode with {encoder.name}", unit="batch"):
-                frames = dataset.frames[i : i + batch_size * WORLD_SIZE][RANK * batch_size :][:batch_size]
+                first = i + RANK * batch_size
+                frames = dataset.frames[first : first + batch_size]
                 encoded = encoder(to_tensor(frames, device)).cpu().numpy() if len(frames) else np.empty((0, *shape[1:]))
                 writer.append(np.concatenate(processes.gather(encoded.astype(dtype))))
             writer.close()
@@ -255,8 +258,8 @@ def main():
     add = parser.add_argument
     add("--env", help=f"the world: {', '.join(ENVIRONMENTS)} (default: pointmaze; with --from, what the data say)")
     add("--from", dest="source", metavar="PATH", help=f"import episodes instead of collecting: {KNOWN}")
-    add("--episodes", type=positive, default=2000, help="number of episodes to collect")
-    add("--steps", type=positive, default=20, help="model steps (rows) per episode")
+    add("--episodes", type=positive, default=EPISODES, help="number of episodes to collect")
+    add("--steps", type=positive, default=STEPS, help="model steps (rows) per episode")
     add("--frameskip", type=positive, default=5, help="environment steps per model step")
     size = "side of the frames in pixels; those of --from are cropped to their middle square, and resized"
     add("--img-size", type=positive, default=64, help=size)

@@ -95,8 +95,8 @@ class FrozenEncoder(nn.Module):
         self.scale.copy_((tokens - self.mean).square().mean().sqrt())
 
 
-def some(frames):
-    """Some 4,000 of all frames, evenly spaced."""
+def subsample(frames):
+    """All frames, or 4,000 to 8,000 of them, evenly spaced."""
     return frames[:: max(1, len(frames) // 4000)]
 
 
@@ -195,7 +195,7 @@ class VAEEncoder(FrozenEncoder):
 
     def fit(self, frames, seed=0, steps=2000, beta=0.01):
         device = self.mean.device
-        sample = see_all(self.filtered, some(frames), device)
+        sample = see_all(self.filtered, subsample(frames), device)
         self.background.copy_(sample.mean(0))
         self.gain.copy_(0.5 / (sample - self.background).abs().amax())
         self.vae.requires_grad_(True)
@@ -238,7 +238,7 @@ class VJEPATinyEncoder(FrozenEncoder):
     def fit(self, frames, seed=0, steps=1500, batch_size=16, momentum=0.998):
         """Learns from clips of `clip_frames` consecutive frames. UserError if the tokens collapse."""
         device, T = self.mean.device, self.clip_frames
-        sample = some(frames)
+        sample = subsample(frames)
         self.standardise(see_all(self.resize, sample, device))
 
         def draw():
@@ -398,7 +398,7 @@ class EfficientNetEncoder(FrozenEncoder):
         self.register_buffer("scale", torch.ones(()))
 
     def fit(self, frames, seed=0):
-        self.centre(some(frames))
+        self.centre(subsample(frames))
         return self
 
     def forward(self, images):
@@ -427,7 +427,7 @@ class TokenizerEncoder(FrozenEncoder):
             images = self.resize(to_tensor(frames, device))
             return images, self.features(images)
 
-        self.tokenizer.requires_grad_(True).fit(see, frames, device, seed)
+        self.tokenizer.fit(see, frames, device, seed)
         return self.freeze()
 
     def forward(self, images):
@@ -482,7 +482,7 @@ def build_encoder(name, img_size=None, weights=None):
     if size and size not in sizes:
         raise UserError(f"--encoder {base} has no size '{size}'; its sizes: {', '.join(sizes) or 'only one'}")
     if licence is None and weights not in (None, "random"):
-        raise UserError(f"--encoder {base} has no pretrained weights: leave --weights away")
+        raise UserError(f"--encoder {base} has no pretrained weights: leave out --weights")
     own_size = next(iter(sizes), None)
     name = f"{base}-{size}" if size and size != own_size else base
     return build(name, img_size or own_img_size, size or own_size, weights).freeze()

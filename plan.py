@@ -104,7 +104,7 @@ def latent_cost(model, worlds, device, objective="last", alpha=0.0, base=2.0):
 
 
 def simulator_cost(worlds):
-    """The same interface. MuJoCo is the model, and the distance in metres to the goal or the waypoint is the cost."""
+    """What `latent_cost` returns, with MuJoCo as the model, and the distance in metres to the goal or waypoint as J."""
 
     def cost(problems, goals, actions):
         B, M = actions.shape[:2]
@@ -156,9 +156,9 @@ def solve(worlds, cost_for, model, args, device, group=0):
         clipped = lambda a: cost(to_world(a))  # noqa: E731
         if method == "mppi":
             return mppi(clipped, mean, std, args.num_samples, args.opt_steps, options["temperature"], generator)
-        budget, ball = (args.num_samples, args.topk, args.opt_steps), (options["momentum"], options["maxnorm"])
+        budget, update = (args.num_samples, args.topk, args.opt_steps), (options["momentum"], options["maxnorm"])
         icem = dict(noise=coloured_noise(options["noise_beta"], worlds.dof), keep=options["keep"])
-        return cem(clipped, mean, std, *budget, generator, *ball, **(icem if method == "icem" else {}))
+        return cem(clipped, mean, std, *budget, generator, *update, **(icem if method == "icem" else {}))
 
     def act(problems, actions):
         return worlds.act(problems, to_world(actions).cpu())
@@ -179,8 +179,8 @@ def controls(env, starts, goals, model, args, graph=None):
     """Success rates by iteration of the controls in args.controls, on the same problems and for as long."""
     # The simulator has no gradient for gd to follow, and a system that draws its plans has no search budget. In both
     # cases the control plans with icem.
-    other = args.planner.endswith("gd") or not args.opt_steps
-    oracle = argparse.Namespace(**vars(args) | (BUDGETS["icem"] | {"planner": "icem"} if other else {}))
+    instead = BUDGETS["icem"] | {"planner": "icem"} if args.planner.endswith("gd") or not args.opt_steps else {}
+    oracle = argparse.Namespace(**vars(args) | instead)
     device, limits = model.action_mean.device, (args.n_taken_actions, args.max_iter)
 
     def random_policy(group, problems):
@@ -229,7 +229,7 @@ class Worlds:
         obs = []
         for state in states:
             self.env.set_state(state)
-            obs.append(self.env.observe() | {"proprio": np.float32(self.env.state)})  # all of it, as in a data set
+            obs.append(self.env.observe() | {"proprio": np.float32(self.env.state)})  # the whole state
         return {name: np.stack([o[name] for o in obs]) for name in obs[0]}
 
     def act(self, problems, actions):
@@ -283,8 +283,7 @@ def run(model, env, starts, goals, args, device, out, graph=None):
     def solve_group(group, problems):
         nonlocal filmed
         films = 0 if group else FILMS
-        history = args.history, model.frameskip
-        worlds = Worlds(env, starts[problems], goals[problems], films, *history, graph, group)
+        worlds = Worlds(env, starts[problems], goals[problems], films, args.history, model.frameskip, graph, group)
         filmed = filmed or worlds
         with common.bfloat16(device, args.dtype == "bfloat16"):
             cost_for = latent_cost(model, worlds, device, *objective) if args.opt_steps else None
@@ -327,9 +326,9 @@ def run(model, env, starts, goals, args, device, out, graph=None):
 PLANNER_ARGS = {
     "alpha": (0.0, common.number(float, 0, 1e6), "weight of proprio in the cost"),
     "base": (2.0, common.above_zero, "with --objective all: weight of a frame over that of the one before"),
-    "var_scale": (1.0, common.above_zero, "first standard deviation of the search, in those of the data's actions"),
+    "var_scale": (1.0, common.above_zero, "first standard deviation of the search; 1 is that of the data's actions"),
     "momentum": (0.0, common.number(float, 0, 0.999), "share of CEM's old mean and deviation that stays"),
-    "maxnorm": (1e6, common.above_zero, "largest number in CEM's candidates, in the units of var_scale"),
+    "maxnorm": (1e6, common.above_zero, "largest number in CEM's candidates, in the unit of var_scale"),
     "noise_beta": (1.0, common.number(float, 0, 10), "icem's noise has the spectrum 1 / f^beta"),
     "keep": (3, positive, "icem's elites that run again"),
     "temperature": (0.1, common.above_zero, "temperature of mppi, in standard deviations of the candidates' costs"),
@@ -432,7 +431,7 @@ def main():
         raise UserError(f"alpha weighs proprio, which {args.ckpt} does not have beside its visual latent")
     processes.keep_freed_memory()
     if args.waypoints and not isinstance(model, WorldModel):
-        raise UserError(f"--waypoints wants a model with a frozen encoder, which {args.ckpt} is not")
+        raise UserError(f"--waypoints wants a model with a frozen encoder, and {args.ckpt} has none")
     processes.use_threads(device, model.num_patches)
     env = open_world(model, args.shift)
     of_mazes = {"--controls oracle": "oracle" in args.controls, "--waypoints": args.waypoints}

@@ -45,7 +45,8 @@ from lib.weights import load_renamed, model_folder, rename
 #
 # A frame's latents are one row of numbers, [visual (N * d), proprio (copies * e)]. A model is made of num_patches N,
 # num_hist H, dim d, proprio_dim e, action_dim a and its own sizes, and has
-#     forward(z, action, memory)    z (B, T, N*d + copies*e) of T <= num_hist frames and the actions taken there
+#     forward(z, action, memory, newest)
+#                                   z (B, T, N*d + copies*e) of T <= num_hist frames and the actions taken there
 #                                   (B, T, a) -> the latents of the T next frames, or with `newest` of the last one
 #                                   alone, and what it remembers for the next call (or None)
 #     criterion                     the error that it is trained on and plans by
@@ -95,10 +96,10 @@ def run_blocks(blocks, x, tokens, tables=(), newest=False, memory=None):
     """Sends a window x (B, L, D) of frames of `tokens` tokens each through one block after another. A block also gets
     each token's row of the `tables`. Returns what comes out, and a memory for the next call.
 
-    With `newest`, only the tokens of the newest frame come out, and nothing is computed twice. While the window grows,
-    no frame changes its position and none sees a later one, so the memory keeps the keys and values of the earlier
-    frames, and only the newest frame runs through the blocks. When the window slides, all positions change and all
-    frames run, except that the last block computes the newest frame alone.
+    With `newest`, only the tokens of the newest frame come out. While the window grows, no frame changes its position
+    and none sees a later one, so the memory keeps the keys and values of the earlier frames, and only the newest frame
+    runs through the blocks. When the window slides, all positions change and all frames run, except that the last block
+    computes the newest frame alone.
     """
     L = x.shape[1]
     known, pasts = memory if memory and memory[0] + tokens == L else (0, [None] * len(blocks))
@@ -204,10 +205,10 @@ class RWMPredictor(nn.Module):
 class ACPredictor(nn.Module):
     """V-JEPA 2-AC's transition: a transformer over frames of one action, one state and N patch tokens.
 
-    Deviations: the next state is the state plus what a head reads from its token, because an action is the change of
-    the state only in the release's world, and its error is part of L. In training, imagination also predicts states, as
-    planning does; the release reads the true ones. The default sizes are the release's, which has 300 M parameters, d
-    1408, P 7 and A 7.
+    Deviations: a head reads the change of the state from the state's token, because only in the release's world is the
+    action itself that change; and the error of the states is part of L. In training, imagination goes on from the
+    states that it has predicted, as planning does; the release reads the true ones. The default sizes are the
+    release's, which has 300 M parameters, d 1408, P 7 and A 7.
     """
 
     criterion = staticmethod(F.l1_loss)
@@ -336,7 +337,8 @@ class WorldModel(nn.Module):
             if P:
                 self.proprio_encoder, self.proprio_dim = nn.Linear(P, emb_dim), emb_dim
         self.predictor = transition(encoder.num_patches, num_hist, encoder.dim, self.proprio_dim, A, **sizes)
-        self.num_patches, self.criterion, self.wide = encoder.num_patches, transition.criterion, encoder.dim >= 128
+        self.num_patches, self.criterion = encoder.num_patches, transition.criterion
+        self.wide = encoder.dim >= 128  # whether a CPU plans faster in bfloat16
         self.history = num_hist if variant == "paper" else 1  # true frames that a plan starts from
         # How many true frames a training rollout starts from. The paper's loss leaves shorter windows untrained.
         self.context = num_hist if transition.needs_history or variant == "paper" else 1
@@ -419,7 +421,7 @@ class WorldModel(nn.Module):
         """`rollout` in packed latents: z (B, T0, Z), actions (B, T, A) -> (B, T + 1, Z). The window grows to num_hist
         frames and then slides; a recurrent transition remembers all frames. The gradient goes through all of them."""
         a, H, memory = self.encode_action(actions), self.num_hist, None
-        for t in range(z.shape[1], actions.shape[1] + 1):  # t frames are known; planning computes nothing twice
+        for t in range(z.shape[1], actions.shape[1] + 1):  # t frames are known
             after, memory = self.predictor(z[:, -H:], a[:, max(t - H, 0) : t], memory, newest=not self.training)
             z = torch.cat([z, after[:, -1:]], dim=1)
         return z

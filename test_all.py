@@ -953,7 +953,7 @@ def test_iterations_build_on_each_other(tmp_path, monkeypatch, script, one_proce
     assert np.array_equal(after.frames[: len(before.frames)], before.frames)
     assert load_file(second / "rnn.safetensors").keys() >= {"heads.reward.weight", "heads.action.weight"}
     assert len((tmp_path / "iterations.csv").read_text().splitlines()) == 3
-    assert vars(recipes.open_run(tmp_path, wm.STEPS)).items() >= {"run": second, "v_steps": 3}.items()
+    assert vars(recipes.open_run(tmp_path)).items() >= {"run": second, "v_steps": 3}.items()
     assert "dream_tau1" in script("vae_mdnrnn", "test", *flags[:-1], second, "--v-steps", 3)[1]  # a run of its own
 
 
@@ -1282,7 +1282,7 @@ def test_names_and_sizes_of_encoders_that_are_not_there_are_refused():
         ("unknown encoder 'dino'; known: pca", "dino"),
         ("has no size 'huge'; its sizes: small, base, large", "dinov3-huge"),
         ("has no size 'base'; its sizes: only one", "pca-base"),
-        ("patches has no pretrained weights: leave --weights away", "patches", None, "x.pth"),
+        ("patches has no pretrained weights: leave out --weights", "patches", None, "x.pth"),
         ("R3M's weights .* --weights", "r3m"),
         *((f"{name}.* 60 is not a multiple of its patch size {patch}", name, 60, "random") for name, patch in (
             ("dinov2", 14), ("vjepa2-tiny", 16), ("vfm_vae", 14), ("resnet18_map", 32), ("patches", 16))),

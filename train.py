@@ -68,7 +68,8 @@ def train(args):
     # the encoder, which a system brings along; the data, and the windows
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
-    system, weights = args.system and system_class(args.system), args.weights if resumed is None else "random"
+    system = system_class(args.system) if args.system else None
+    weights = args.weights if resumed is None else "random"  # the run has the encoder's, too
     encoder = None if system else build_encoder(args.encoder, encoder_img_size(args), weights)
     single = not system and encoder.num_patches == 1
     sizes = args.sizes if system else transition_sizes(args, single)
@@ -92,7 +93,7 @@ def train(args):
 
     # the model
     stats, world = dataset.statistics(train_episodes), dict(env=env, img_size=img_size, data=str(dataset.path))
-    if len({str((len(dataset.frames), statistics)) for statistics in processes.gather(stats)}) > 1:
+    if len({str(seen) for seen in processes.gather((len(dataset.frames), stats))}) > 1:
         raise UserError(f"the processes of torchrun see different data at {dataset.path}: give all of them the same")
     if args.predictor_weights:  # the release's predictor takes states and actions in the world's own units
         stats = {name: (np.zeros_like(mean), np.ones_like(std)) for name, (mean, std) in stats.items()}
@@ -211,9 +212,10 @@ def validate(model, windows, tokens, batch_size, device, rollout_steps):
 def show_imagination(model, dataset, episodes, num_frames, tokens, device, directory):
     """Draws what is imagined from the first true frames of some validation windows, and measures how good it is.
 
-    Returns the `likeness` of what is imagined, and for a WorldModel mean squared errors of decoded true latents
-    ("recon", "vq") and of decoded one-step predictions ("recon_pred", which is in no loss). imagined.png has three rows
-    for each of four windows: the frames, their latents decoded, the imagined latents decoded.
+    Returns the `likeness` of what is imagined, and for a WorldModel the mean squared errors of decoded true latents
+    ("recon"), of the codes that a vq decoder finds for them ("vq"), and of decoded one-step predictions ("recon_pred",
+    which is in no loss). imagined.png has three rows for each of four windows: the frames, their latents decoded, the
+    imagined latents decoded.
     """
     lengths = (dataset.episode_ends - dataset.episode_starts)[episodes]
     longest = lengths.max() * dataset.meta["frameskip"] // model.frameskip
@@ -243,7 +245,7 @@ def open_or_collect(args, env, img_size):
     """The default data set of a world, which is collected first if it is not there."""
     path = data.default_folder(env, img_size)
     if RANK == 0 and not path.exists():
-        data.collect(path, env, 2000, 20, args.frameskip, img_size)
+        data.collect(path, env, data.EPISODES, data.STEPS, args.frameskip, img_size)
     processes.gather(None)  # the other processes wait for the first one
     return data.open_dataset(path)
 

@@ -90,7 +90,7 @@ def main():
         help="number of games, and of dreams at each --tau",
     )
     given = parser.parse_args()
-    args, taus = recipes.open_run(given.run, wm.STEPS), sorted(set(given.tau))
+    args, taus = recipes.open_run(given.run), sorted(set(given.tau))
     results = measure(args, taus, given.episodes)
     common.write_json(args.run / "calibration.json", results)
     report(results, taus, args.run)

@@ -135,7 +135,7 @@ def main():
     if drawn := [run for run, model in models.items() if not hasattr(model, "rollout")]:
         raise common.UserError(f"{drawn[0]} generates a video to the goal, and cannot predict the outcome of actions")
     if mixed := [run for run, model in models.items() if not getattr(model, "alone", True)]:
-        raise common.UserError(f"a latent of {mixed[0]} depends on earlier frames, so imagined ones have no true ones")
+        raise common.UserError(f"a latent of {mixed[0]} depends on earlier frames, so an imagined one has no true one")
     if len({(model.world["env"], model.world["img_size"], model.frameskip) for model in models.values()}) > 1:
         raise common.UserError("only runs of one environment, --img-size and --frameskip can be compared")
     model, count = models[args.ckpt[0]], len(args.seed) * args.n_evals

@@ -79,7 +79,7 @@ class DreamGame:
     """A dream and the real game, with the same keys, in one thread, because a renderer belongs to a thread."""
 
     def __init__(self, run):
-        self.args = args = open_run(run, wm.STEPS)
+        self.args = args = open_run(run)
         self.vae, rnn, self.controller = wm.load_models(args)
         there = sorted(args.run.glob("c_*.safetensors"), key=lambda path: path.stat().st_mtime)  # the newest is last
         params = wm.load_c(args, there[-1].stem.removeprefix("c_")) if there else np.zeros(self.controller.num_params)
@@ -253,7 +253,7 @@ body { background: #0d1420; color: #dbe4f0 }
 .count { white-space: pre }
 """
 UNFOCUS = "() => document.activeElement.blur()"  # the keys are the player's, and not a slider's
-RELEASE = "<script>addEventListener('blur', () => emitEvent('release'))</script>"  # where keys go up unseen
+RELEASE = "<script>addEventListener('blur', () => emitEvent('release'))</script>"  # another window gets the keys
 
 
 def page(games):

@@ -50,7 +50,7 @@ from predictor import WorldModel
 SHIFTED, CONTROLS = "pointmaze", "controls"  # the maze that is shifted; what a job names instead of an encoder
 TRAINING = dict(img_size=64, steps=1000, batch_size=32, lr=1e-3)  # flags of train.py that are passed on, and defaults
 PLANNING = dict(n_evals=100, max_iter=3, num_samples=64, topk=16, opt_steps=4)  # and of plan.py
-PLANNER = dict(planner="mpc-icem", planner_args="keep=3", controls="random,oracle")
+PLANNER = dict(planner="mpc-icem", controls="random,oracle")
 QUICK = dict(env="pointmaze", seeds="0", n_evals=50, curve="none", name="study_quick")
 CURVE = 0.25, 0.5, 1, 2, 4  # the gradient steps of the curve's runs, as shares of --steps
 
@@ -105,7 +105,9 @@ def measure(args, env_name, encoder, seed, steps):
 
     def solved(shift=None):  # (MPC iterations, problems), 1 or 0
         worlds = plan.Worlds(make_env(env_name, args.img_size, shift), *problems)
-        return plan.solve(worlds, plan.latent_cost(model, worlds, device), model, settings, device).int().tolist()
+        with common.bfloat16(device, settings.dtype == "bfloat16"):
+            cost_for = plan.latent_cost(model, worlds, device)
+            return plan.solve(worlds, cost_for, model, settings, device).int().tolist()
 
     result = {"tokens": model.encoder.num_patches, "dim": model.encoder.dim, "success": solved()}
     result |= {"train_seconds": log["seconds"].sum(), "plan_seconds": time.perf_counter() - start}

@@ -66,7 +66,7 @@ def share_model(run, plans):
 
 def share_dream(run):
     """The same for a run of vae_mdnrnn.py. The history of C's search is left out."""
-    args, flags = open_run(run, wm.STEPS), common.read_json(run / "args.json")
+    args, flags = open_run(run), common.read_json(run / "args.json")
     wm.load_models(args)  # they are whole
     step = "all" if args.run == run else "iterate"
     default = vars(parse_args([step, "--env", args.env], [step], ""))
@@ -134,7 +134,7 @@ def main():
             for file, content in files.items():
                 (folder / file).write_bytes(content)
         return print(f"{args.folder}: {sum(map(len, files.values())) / 1e6:.1f} MB")
-    repository, pictures = args.repository or "USER/NAME", [args.run / picture for picture in PICTURES]
+    repository, pictures = args.repository or "USER/NAME", [models[0].parent / picture for picture in PICTURES]
     data = hub.ModelCardData(**head, tags=["world-model"])
     card = f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{text.replace('REPOSITORY', repository)}"
     files = {"README.md": card.encode()} | files | {path.name: path.read_bytes() for path in pictures if path.exists()}

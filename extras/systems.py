@@ -3,7 +3,8 @@
 DINO-WM (Zhou et al., 2024, arXiv:2411.04983) compares itself with IRIS, DreamerV3 and TD-MPC2 (its tables 1 and 2) and
 with AVDC (its table 9), and has released no code for them. Here they are trained on the same random motion, without
 rewards, and plan to the same goal images: `dreamer`, `iris`, `tdmpc2`, `lewm` and `avdc` from lib/, and DINO-WM's
-transition on the tokens of `pca` and `vae`, which also sees the ball's speed as proprio. Each run measures
+transition on the tokens of `pca` and `vae`. It alone is also told where the ball is and how fast (proprio). Each run
+measures
 
     within k    the share of goals that are reached within k plans, with a 95 % interval (Wilson, 1927)
     PSNR h      the PSNR of frames imagined h model steps ahead, in dB, over validation windows; the row "copy" shows

@@ -4,7 +4,7 @@
     python -m extras.tokens --encoders dinov2 --weights random --data datasets/pointmaze --out pictures
 
 Writes tokens.png to the folder of --out: a row of frames, and below it a row for each encoder. An encoder whose
-weights are not there is left out. One that learns from frames is fitted first, to the frames shown.
+weights are not there is left out. One that learns from frames is first fitted to 50 clips.
 """
 
 import numpy as np

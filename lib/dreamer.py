@@ -137,8 +137,8 @@ class Dreamer(System):
     mlp_dim=512,groups=32,classes=32, batches of 16 x 64 frames and lr 1e-4.
 
     The latent of a frame is [h, z, e]. `encode` treats every frame as the first of an episode: its h and z are the
-    posterior from the initial state. `rollout` goes through all known frames and actions; what it imagines has an empty
-    e.
+    posterior from the initial state. `rollout` goes through all known frames and actions; what it imagines has zeros
+    in the place of e.
     """
 
     name, alone = "dreamer", False

@@ -183,7 +183,7 @@ def data_uri(frame):
 
 
 def svg_lines(lines, size):
-    """SVG of two lines at most over a picture of `size` pixels, which they darken."""
+    """SVG that darkens a picture of `size` pixels and writes up to two lines over it."""
     style = 'fill="white" text-anchor="middle" font-family="Roboto, sans-serif"'
     rows = zip(lines, ((0.5, 0.08), (0.58, 0.05)), strict=False)  # how far down they stand, how large they are
     text = [f'<text x="50%" y="{size * y}" font-size="{size * h}" {style}>{line}</text>' for line, (y, h) in rows]

@@ -18,8 +18,9 @@ from lib.worlds import ENVIRONMENTS
 # Unlike the paper's M of CarRacing ours predicts the reward, which the dream needs. `restart` tells M when an episode
 # begins, `cell` shows C the cell state, and `squash` turns C's outputs into actions. `patience` also ends the random
 # episodes early, so that fewer frames show nothing but grass.
-# Deviation: `beta` is a tenth of the paper's. With 1 the KL term stops at its tolerance, and the posterior of 40 of
-# TakeCover's 64 latent numbers, and of 24 of CarRacing's 32, is about as wide as the prior: noise that C would act on.
+# Deviation: `beta` is a tenth of the paper's. With the paper's the KL term falls to its tolerance, and V leaves most of
+# z unused: 40 of TakeCover's 64 numbers and 24 of CarRacing's 32 have a posterior about as wide as the prior. They are
+# noise, and C would act on it.
 RECIPES = {
     "takecover": dict(action_dim=1, squash="tanh", policy="hold", max_steps=2100, patience=2100, cell=True)
     | dict(z_dim=64, beta=0.1, focus=50.0, hidden=512, heads="done", restart=True, where="dream", tau=[1.3])
@@ -62,7 +63,7 @@ def parse_args(argv, steps, description):
     add("--beta", type=common.number(float, 0, 1e6), help="weight of V's KL term")
     add("--focus", type=common.number(float, 0, 1e6), help="how much more an error weighs for V where things move")
     add("--m-steps", type=positive, nargs="+", help=f"steps of Adam for M{several}")
-    add("--lr", type=common.above_zero, default=1e-3, help="learning rate of V and M at the start")
+    add("--lr", type=common.above_zero, default=1e-3, help="peak learning rate of V and M")
     add("--in", dest="where", choices=("dream", "real"), help="where C is trained")
     add("--tau", type=common.above_zero, nargs="+", help="temperature of the dream; several train a C for each")
     add("--popsize", type=common.number(int, 4, 10**5), nargs="+",
@@ -125,7 +126,7 @@ def open_report(args):
     return open_log(args.log, args.run, run_flags(args))
 
 
-def open_run(run, steps):
+def open_run(run):
     """The flags with which a run was begun, as `parse_args` returns them. For a run of `iterate` they are the flags of
     its last iteration that has a C."""
     run = Path(run)
@@ -135,7 +136,7 @@ def open_run(run, steps):
     if not {*RUN_FLAGS} <= flags.keys() or isinstance(flags["episodes"], list):  # lists are `iterate`'s
         raise UserError(f"no run of World Models at {run}: make one with python vae_mdnrnn.py all --env takecover")
     given = [f"--{name.replace('_', '-')}={flags[name]}" for name in RUN_FLAGS]
-    return parse_args(["test", f"--out={last}", *given], steps, __doc__)
+    return parse_args(["test", f"--out={last}", *given], ["test"], __doc__)
 
 
 def c_names(args):

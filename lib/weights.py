@@ -45,8 +45,8 @@ def load_renamed(model, state, names, source):
 
 
 def weight_files(source):
-    """The local files that `source` stands for: itself, the safetensors of a folder, those of a repository, or the .pth
-    of an installed package."""
+    """The local files that `source` stands for: itself, the safetensors of a folder, the model.safetensors of a
+    repository, or the .pth of an installed package."""
     path, (kind, _, package) = Path(source), str(source).partition(":")
     if kind == "pypi":
         if not (files := package_files(package)):

@@ -22,8 +22,8 @@ from lib.processes import Workers
 
 class Screen(gym.Env):
     """A world that is known by its frames: the upper `ROWS` rows of its `screen`, scaled down. `begin` says how an
-    episode begins, and `act` what an action does. The first `proprio_dim` numbers of its `state` are seen, too;
-    a world model sees the whole state."""
+    episode begins, and `act` what an action does. An agent also sees the first `proprio_dim` numbers of its `state`,
+    and a world model learns from all of them."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
     render_mode = "rgb_array"
@@ -120,7 +120,7 @@ class TakeCover(Screen):
         import vizdoom.gymnasium_wrapper  # noqa: F401  (registers the environments)
 
         super().__init__(img_size, [-1], [1])
-        Path("_vizdoom").mkdir(exist_ok=True)  # of several games that begin at once only one could make it
+        Path("_vizdoom").mkdir(exist_ok=True)  # games that begin at once would all try to make it, and fail
         self.env = gym.make("VizdoomTakeCover-v1", max_episode_steps=2100)
         self.broken = vizdoom.ViZDoomErrorException, vizdoom.ViZDoomUnexpectedExitException
 
@@ -144,7 +144,7 @@ class TakeCover(Screen):
 
 class DreamEnv(gym.Env):
     """One dream of vae_mdnrnn.py: `proprio` is what C sees, [z h] or [z h c], and `render()` is what V imagines.
-    Actions lie between `low`, which is [-1, 0, 0] in dreams of CarRacing, and 1."""
+    An agent's smallest action is `low`, [-1, 0, 0] in a dream of CarRacing, and its largest is 1."""
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 50}
     render_mode = "rgb_array"
