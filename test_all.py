@@ -1,4 +1,4 @@
-"""Every claim of the eight files and of lib/, checked on a CPU in minutes:  python -m pytest -q test_all.py"""
+"""The claims of the eight files and of what they lean on most (lib/test_*.py has the rest): pytest -q test_all.py"""
 
 import contextlib
 import copy
@@ -186,12 +186,9 @@ def test_writers_of_the_same_file_do_not_disturb_each_other(tmp_path):
     assert contents(tmp_path) == {"a.pt": b"x" * 100}
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-@pytest.mark.parametrize("read", [common.load_tensors, common.read_json, partial(data.open_array, ndim=1, kind="f")])
-def test_a_file_without_permission_is_not_called_damaged(read, tmp_path):
-    (tmp_path / "a").touch(mode=0)
+def test_a_file_without_permission_is_not_called_damaged(tmp_path):
     with pytest.raises(UserError, match="cannot read"):
-        read(tmp_path / "a")
+        common.read(tmp_path / "a", mock.Mock(side_effect=PermissionError))
 
 
 def test_a_loss_that_is_no_number_is_an_error():
@@ -555,6 +552,7 @@ def begin(target, *args):
 
 
 def test_a_killed_collection_leaves_nothing_and_its_workers_end(tmp_path, one_process):
+    workers = []
     for moment in np.random.default_rng(0).uniform(0, 1, 2):
         process, frames = begin(data.collect, tmp_path / "d", "pointmaze", 5000, 4, 5, 64, 3, 1), []
         while not (frames and frames[0].stat().st_size > 10**5):
@@ -562,13 +560,12 @@ def test_a_killed_collection_leaves_nothing_and_its_workers_end(tmp_path, one_pr
             time.sleep(0.02)
             frames = list(tmp_path.glob(".d.*/frames.npy"))
         time.sleep(moment)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        workers = children.read_text().split() if children.exists() else []
+        workers += Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         process.kill()
         process.join()
         assert not (tmp_path / "d").exists()
     data.collect(tmp_path / "d", "pointmaze", 2, 2, 5, 64)
-    assert [path.name for path in tmp_path.iterdir()] == ["d"]
+    assert [path.name for path in tmp_path.iterdir()] == ["d"] and workers
     deadline = time.time() + 10
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.time() < deadline, "orphaned workers"
@@ -957,9 +954,7 @@ def test_iterations_build_on_each_other(tmp_path, monkeypatch, script, one_proce
     assert "dream_tau1" in script("vae_mdnrnn", "test", *flags[:-1], second, "--v-steps", 3)[1]  # a run of its own
 
 
-STEPS = [("train-v", "vae.safetensors"), ("train-v", "reconstructions.png"), ("train-m", "rnn.csv")]
-STEPS += [("train-m", "rnn.safetensors"), ("train-m", "held_out.json"), ("train-c", "c_dream_tau1.pt")]
-STEPS += [("train-c", "c_dream_tau1.safetensors"), ("test", "test.json"), ("test", "dream.gif")]
+STEPS = [("train-v", "vae.safetensors"), ("train-m", "rnn.csv"), ("train-c", "c_dream_tau1.pt"), ("test", "test.json")]
 
 
 @pytest.mark.parametrize("step, file", STEPS)
@@ -1033,7 +1028,6 @@ data | no data set at missing | --inspect missing
 data | cut/frames.npy is damaged, or not an array | --inspect cut
 data | datasets/pointmaze is there: remove it, or choose another folder | --out datasets/pointmaze
 data | cannot write | --out /proc/none/d / --episodes 1 --out cut/meta.json/d
-data | unrecognized arguments: --overwrite | --overwrite
 vae_mdnrnn | invalid choice | learn / all --env nowhere / all --in sea
 vae_mdnrnn | not a whole number of at least 0 | all --seed -1 / all --seed 4294967295
 vae_mdnrnn | not a whole number of at least 1 | all --c-steps 1e3 / all --sizes z_dim=-3
@@ -2051,7 +2045,6 @@ train --predictor-weights x.pt                          | --predictor-weights is
 train --variant paper --predictor rwm                   | --variant paper is DINO-WM's, for --predictor vit, not rwm
 train --device nowhere                                  | torch cannot use the device 'nowhere' here
 train --device meta                                     | torch cannot use the device 'meta' here
-train --overwrite                                       | unrecognized arguments: --overwrite
 plan --topk 400                                         | --topk 400 must lie between 2 and --num-samples 100
 plan --planner cem --num-samples 20                     | --topk 30 must lie between 2 and --num-samples 20
 plan --planner gd,mpc-icem --num-samples 5              | --topk 10 must lie between 2 and --num-samples 5
@@ -2129,10 +2122,7 @@ def little_memory():
     resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-TOO_LARGE = ["train --sizes heads=100000,dim_head=100000"]
-TOO_LARGE += ["train --encoder patches --encoder-img-size 1600000", "plan --num-samples 10000000"]
-TOO_LARGE += ["train --predictor rwm --encoder state --rollout-steps 1 --sizes width=100000"]
-TOO_LARGE += ["plan --history 10000000", "plan --goal-H 10000000 --n-evals 1 --max-iter 1"]
+TOO_LARGE = ["train --sizes heads=100000,dim_head=100000", "plan --num-samples 10000000", "plan --history 10000000"]
 
 
 @pytest.mark.parametrize("command", TOO_LARGE)
@@ -2161,6 +2151,7 @@ def test_a_world_or_data_set_that_does_not_fit_a_run_is_named(runs, run, monkeyp
 def test_a_run_is_gone_on_with_by_its_own_flags_alone(runs, run):
     plain, path = f"train {RUNS['plain']} --name plain", runs / "plain" / "args.json"
     run(f"{plain} --lr 0.01", "runs/plain was begun with other flags (--lr by default)")
+    run(f"{plain.removesuffix('plain')}./plain --lr 0.01", "was begun with other flags")
     run(f"train {AC} --name plain", "--predictor vit, --rollout-steps 1, --sizes depth=")
     args = json.loads(path.read_text())
     for name, value in {"lr": 0.5, "seed": "0", "num_hist": -3, "sizes": 5, "tau": 5}.items():
@@ -2169,19 +2160,6 @@ def test_a_run_is_gone_on_with_by_its_own_flags_alone(runs, run):
     for text in ("{", "5", "[1]", "[" * 100_000, "\x00", "[[1, 2]]"):
         path.write_text(text)
         run(plain, "args.json is damaged: remove it")
-
-
-def test_a_name_never_takes_another_runs_files(workplace, run):
-    Path("runs/mine").mkdir(parents=True)
-    Path("runs/mine/other.txt").touch()
-    for name in ("exp", "exp/seed1", "mine"):
-        run(f"train {TINY} --name {name}")
-        assert Path("runs/mine/other.txt").exists()
-    for name in ("exp", "exp/seed1", "./exp"):
-        run(f"train --name {name} --lr 0.01", "was begun with other flags")
-    before = contents(Path("runs"))
-    run(f"train {TINY} --name exp/seed2")
-    assert contents(Path("runs")).items() >= before.items()
 
 
 def test_a_validation_loss_that_is_not_finite_stops_the_training(workplace, run, script):
