@@ -275,8 +275,6 @@ def open_graph(args, model, device):
 
 def run(model, env, starts, goals, args, device, out, graph=None):
     """Plans to all goals with one planner, writes what came of it to the folder `out`, and returns it."""
-    from scipy.stats import binomtest  # here, because its import takes a second
-
     n, begin, filmed, counts = len(starts), time.perf_counter(), None, []
     objective = args.objective, args.planner_args["alpha"], args.planner_args["base"]
 
@@ -296,7 +294,7 @@ def run(model, env, starts, goals, args, device, out, graph=None):
     results = {
         "args": vars(args),
         "success_by_iter": rates,
-        "interval": [list(binomtest(k, n).proportion_ci(method="wilson")) for k in success.sum(1).tolist()],  # of 95 %
+        "interval": reports.wilson(success.sum(1), n),
         "n_evals": n,
         "controls": controls(env, starts, goals, model, args, graph),
         "seconds": seconds,

@@ -317,10 +317,7 @@ class WorldModel(nn.Module):
         self.config |= dict(predictor=predictor, variant=variant, sizes=sizes)
         self.encoder, self.world = encoder, world
         self.num_hist, self.frameskip, self.variant = num_hist, frameskip, variant
-        for name, (mean, std), repeat in (("action", action_stats, frameskip), ("proprio", proprio_stats, 1)):
-            self.register_buffer(f"{name}_mean", torch.as_tensor(mean, dtype=torch.float32).repeat(repeat))
-            self.register_buffer(f"{name}_std", torch.as_tensor(std, dtype=torch.float32).repeat(repeat))
-        self.action_dim = len(self.action_mean)  # of a model step: frameskip * DoF
+        self.keep_statistics(action_stats, proprio_stats)
         transition, A, P = PREDICTORS[predictor], self.action_dim, len(self.proprio_mean)
         if encoder.name == "state":
             encoder.dim, P = P, 0  # the proprio is the token
@@ -343,6 +340,12 @@ class WorldModel(nn.Module):
         # How many true frames a training rollout starts from. The paper's loss leaves shorter windows untrained.
         self.context = num_hist if transition.needs_history or variant == "paper" else 1
         self.decoder = build_decoder(encoder.num_patches, encoder.dim, **decoder) if decoder else None
+
+    def keep_statistics(self, action_stats, proprio_stats):
+        for name, (mean, std), repeat in (("action", action_stats, self.frameskip), ("proprio", proprio_stats, 1)):
+            self.register_buffer(f"{name}_mean", torch.as_tensor(mean, dtype=torch.float32).repeat(repeat))
+            self.register_buffer(f"{name}_std", torch.as_tensor(std, dtype=torch.float32).repeat(repeat))
+        self.action_dim = len(self.action_mean)  # of a model step: frameskip * DoF
 
     def encode(self, obs):
         """obs {"visual": frames (B, T, H, W, 3) uint8 or their tokens (B, T, N, d), "proprio": (B, T, P)} ->

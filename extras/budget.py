@@ -12,7 +12,7 @@ command continues what was interrupted.
 import numpy as np
 
 import plan
-from lib import common, pictures, processes
+from lib import common, pictures, processes, reports
 from lib.common import RANK
 from predictor import load_model
 
@@ -50,8 +50,7 @@ def report(results, max_iter, out):
     header = ["planner", "candidates × iterations", *(f"within {k + 1}" for k in range(max_iter)), "seconds in all"]
     rows = [header]
     for (planner, candidates, iterations), result in results.items():
-        found = zip(result["success_by_iter"], result["interval"], strict=True)
-        cells = [f"{rate:.2f} [{low:.2f}, {high:.2f}]" for rate, (low, high) in found]
+        cells = reports.rate_cells(result["success_by_iter"], result["interval"])
         rows.append([f"`{planner}`", f"{candidates} × {iterations}", *cells, f"{result['seconds']:.0f}"])
     table = common.markdown_table(rows)
     common.write_atomic(out / "table.md", table)

@@ -40,7 +40,7 @@ import plan
 import train
 from encoders import build_encoder
 from extras.horizon import horizon_error
-from lib import common, pictures, processes
+from lib import common, pictures, processes, reports
 from lib.common import CORES, RANK, WORLD_SIZE, UserError, positive, several, tqdm
 from lib.pointmaze import SHIFTS
 from lib.probe import ridge_regression
@@ -182,13 +182,9 @@ def run_job(task):
 
 def pooled(rates, n_evals):
     """Success rates of several seeds (seeds, columns), with n_evals problems each -> those of all problems together
-    (columns,), and their 95 % intervals (columns, 2) (Wilson, 1927)."""
+    (columns,), and their 95 % intervals (columns, 2)."""
     n, solved = len(rates) * n_evals, (np.array(rates) * n_evals).round().astype(int).sum(0)
-    return solved / n, np.array([stats.binomtest(int(k), n).proportion_ci(method="wilson") for k in solved])
-
-
-def rate_cells(rates, n_evals):
-    return [f"{rate:.2f} [{low:.2f}, {high:.2f}]" for rate, (low, high) in zip(*pooled(rates, n_evals), strict=True)]
+    return solved / n, np.array(reports.wilson(solved, n))
 
 
 def cell(values, digits=2):
@@ -216,12 +212,13 @@ def summary_rows(args, results, env):
     header += ["latent error", f"drift at {args.drift}", "probe x, y", "probe vx, vy", "distance", "train s", "plan s"]
     rows = [header]
     for name, rates in results[env, CONTROLS].items():
-        rows.append([name, "", *rate_cells(rates[:, [0, -1]], args.n_evals), *[""] * (len(header) - 4)])
+        cells = reports.rate_cells(*pooled(rates[:, [0, -1]], args.n_evals))
+        rows.append([name, "", *cells, *[""] * (len(header) - 4)])
     for encoder in args.encoder:
         run = results[env, encoder]
         rates = [run["success"][:, 0], run["success"][:, -1], *(run["shift"][shift] for shift in shifts)]
         row = [encoder, f"{run['tokens'][0]} × {run['dim'][0]}"]
-        row += rate_cells(np.mean(rates, 2).T, args.n_evals)
+        row += reports.rate_cells(*pooled(np.mean(rates, 2).T, args.n_evals))
         row += [cell(run["latent_error"], 3), cell(run["drift"]["model"][:, -1])]
         row += [cell(run["probe"][:, :2].mean(1)), cell(run["probe"][:, 2:].mean(1)), cell(run["distance"])]
         rows.append(row + [f"{run[key].mean():.0f}" for key in ("train_seconds", "plan_seconds")])

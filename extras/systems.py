@@ -27,8 +27,8 @@ import torch
 import data
 import plan
 import train
-from extras.representation import CONTROLS, PLANNER, measure_controls, plan_args, pooled, rate_cells, run_jobs
-from lib import common, pictures, processes
+from extras.representation import CONTROLS, PLANNER, measure_controls, plan_args, pooled, run_jobs
+from lib import common, pictures, processes, reports
 from lib.common import CORES, RANK, positive, to_tensor
 from lib.systems import SYSTEMS
 from lib.worlds import ENVIRONMENTS
@@ -115,7 +115,7 @@ def table_rows(args, env, results):
     rows = [header]
 
     def row(name, rates, *rest):
-        cells = rate_cells(np.array(rates)[:, [k - 1 for k in shown]], args.n_evals)
+        cells = reports.rate_cells(*pooled(np.array(rates)[:, [k - 1 for k in shown]], args.n_evals))
         rows.append([name, *cells, *rest, *[""] * (len(header) - 1 - len(cells) - len(rest))])
 
     for name in PLANNER["controls"].split(","):
@@ -149,7 +149,7 @@ def draw(args, results, path):
         curves = {name: [run["success"] for run in results[env, name]] for name in args.system}
         for name, style in (("oracle", "k--"), ("random", "k:")):
             rates = [run["success"][name] for run in results[env, CONTROLS]]
-            ax.plot(plans, np.mean(rates, 0), style, label=name)
+            ax.plot(plans, np.mean(rates, 0), style, label=plan.CONTROLS[name])
         for i, (name, rates) in enumerate(curves.items()):
             rate, bounds = pooled(rates, args.n_evals)
             ax.plot(plans, rate, f"C{i}o-", ms=3, label=name)

@@ -1,4 +1,4 @@
-"""Locates the ball of a maze in a world model's latents, by ridge regression, and in pictures, by least squares:
+"""Locates the ball of a maze in a world model's latents and in pictures, by ridge regression:
 
 (x, y) = W z + b,    W, b = argmin sum_i ||(x_i, y_i) - W z_i - b||^2 + lambda ||W||^2    over random states i
 """
@@ -7,13 +7,6 @@ import numpy as np
 import torch
 
 COUNT = 1000  # states that a probe is fitted to
-
-
-def least_squares(x, y):
-    """The affine map that comes closest to taking the rows of x (n, p) to those of y (n, q), as a function."""
-    mean, center = x.mean(0), y.mean(0)
-    W = np.linalg.lstsq(x - mean, y - center, rcond=1e-6)[0]
-    return lambda x: (x - mean) @ W + center
 
 
 def ridge_regression(x, y, ridge=1e-4):
@@ -51,7 +44,7 @@ class Probe:
         differs = np.abs(frames - np.median(frames, 0)).sum(-1)[:, None]  # (n, 1, H, W)
         pixels = np.stack(np.indices(frames.shape[1:3])[::-1]) + 0.5  # (2, H, W)
         pixels = (differs * pixels).sum((2, 3)) / differs.sum((2, 3))  # of the ball: (n, 2)
-        self.to_xy, self.to_pixels = least_squares(pixels, xy[:200]), least_squares(xy[:200], pixels)
+        self.to_xy, self.to_pixels = ridge_regression(pixels, xy[:200], 1e-9), ridge_regression(xy[:200], pixels, 1e-9)
 
     def read(self, latents):
         """Latents (..., N, d) -> positions (..., 2) in metres."""

@@ -36,18 +36,17 @@ def get_problems(env, args, model):
     if args.goal_source not in ("dset", "random_action"):
         return read_problems(args.goal_source, env, model.world["env"])
     dataset, steps = open_episodes(args, model), args.goal_H * model.frameskip
-    train_episodes, episodes = dataset.split()
-    if args.goal_source == "random_action":
-        mean, std = dataset.statistics(train_episodes)["action"]
-    row = dataset.meta["frameskip"]
-    span, rest = divmod(steps, row)
+    recorded = dataset.meta["frameskip"]
+    span, rest = divmod(steps, recorded)  # rows
     if rest:
         told = f"--goal-H {args.goal_H} is {steps} environment steps"
-        raise UserError(f"{told}, which is no multiple of the {row} that a row of {dataset.path} has")
+        raise UserError(f"{told}, which is no multiple of the {recorded} that a row of {dataset.path} has")
+    train_episodes, episodes = dataset.split()
     lengths = dataset.episode_ends - dataset.episode_starts
     episodes = [e for e in episodes if lengths[e] > span]
     if not episodes:
         raise UserError(f"no validation episode of {dataset.path} is longer than {span} rows (--goal-H)")
+    mean, std = dataset.statistics(train_episodes)["action"]
 
     def draw(rng):
         episode = rng.choice(episodes)

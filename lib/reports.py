@@ -9,6 +9,17 @@ from lib.worlds import play_alone
 # ---- plan.py -------------------------------------------------------------------------------------
 
 
+def wilson(solved, n):
+    """The 95 % intervals (Wilson, 1927) of success rates, for each of the counts `solved` of n problems."""
+    from scipy.stats import binomtest  # here, because its import takes a second
+
+    return [list(binomtest(int(k), n).proportion_ci(method="wilson")) for k in solved]
+
+
+def rate_cells(rates, intervals):
+    return [f"{rate:.2f} [{low:.2f}, {high:.2f}]" for rate, (low, high) in zip(rates, intervals, strict=True)]
+
+
 def write_success(path, results, controls):
     """Draws the success rate over MPC iterations, with its 95 % interval, beside `controls` {name: what it is}."""
     rates, k = results["success_by_iter"], np.arange(1, len(results["success_by_iter"]) + 1)
@@ -54,9 +65,8 @@ def write_table(results, path):
         args = result["args"]
         tried = "gradient steps" if planner.endswith("gd") else f"× {args['num_samples']} candidates"
         search = f"{args['opt_steps']} {tried}" if args["opt_steps"] else "none"
-        for k, (low, high) in enumerate(result["interval"]):
-            row = [f"`{planner}`", search, f"{k + 1} × {args['n_taken_actions']}"]
-            row += [f"{result['success_by_iter'][k]:.2f} [{low:.2f}, {high:.2f}]"]
+        for k, rate in enumerate(rate_cells(result["success_by_iter"], result["interval"])):
+            row = [f"`{planner}`", search, f"{k + 1} × {args['n_taken_actions']}", rate]
             row += [f"{rates[k]:.2f}" for rates in result["controls"].values()]
             rows.append([*row, f"{result['seconds']:.0f}"])
     table = common.markdown_table(rows)

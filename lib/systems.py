@@ -97,10 +97,7 @@ class System(nn.Module):
         super().__init__()
         self.config = dict(system=self.name, num_hist=self.num_hist, frameskip=frameskip, world=world, sizes=sizes)
         self.frameskip, self.world, self.decoder = frameskip, world, None
-        for name, (mean, std), repeat in (("action", action_stats, frameskip), ("proprio", proprio_stats, 1)):
-            self.register_buffer(f"{name}_mean", torch.as_tensor(mean, dtype=torch.float32).repeat(repeat))
-            self.register_buffer(f"{name}_std", torch.as_tensor(std, dtype=torch.float32).repeat(repeat))
-        self.action_dim = len(self.action_mean)  # of a model step: frameskip * DoF
+        self.keep_statistics(action_stats, proprio_stats)
         self.build(world["img_size"], **self.sizes | sizes)
 
     def encode_action(self, actions):
@@ -117,4 +114,4 @@ class System(nn.Module):
         frames = to_frames(self.paint(visual.flatten(0, 1)).clamp(0, 1))
         return frames.reshape(*visual.shape[:2], *frames.shape[1:])
 
-    save_pretrained = WorldModel.save_pretrained
+    keep_statistics, save_pretrained = WorldModel.keep_statistics, WorldModel.save_pretrained
