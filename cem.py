@@ -12,7 +12,7 @@ mean <- momentum mean + (1 - momentum) mean(E), and std alike (there with a mome
 
 The improved CEM (iCEM, Pinneri et al., 2020, arXiv:2008.06389) draws noise whose neighbours in time are alike, with a
 power spectrum 1 / f^beta, and lets some of the elites run again. Deviations: the population does not shrink, no elite
-outlives its plan, and the mean is executed, not the best elite.
+outlives its plan, the mean is executed and not the best elite, and there is no momentum by default (theirs: 0.1).
 
 MPPI (Williams et al., 2017, ICRA) weighs all candidates instead, and leaves the standard deviation unchanged:
 

@@ -90,7 +90,7 @@ class FrozenEncoder(nn.Module):
         """Sets the buffers `mean` and `scale` by the tokens of frames: their mean at each place, and one deviation."""
         self.mean.zero_()
         self.scale.fill_(1.0)
-        tokens = see_all(self, frames, self.mean.device)  # (S, N, d)
+        tokens = in_batches(self, frames, self.mean.device)  # (S, N, d)
         self.mean.copy_(tokens.mean(0))
         self.scale.copy_((tokens - self.mean).square().mean().sqrt())
 
@@ -101,9 +101,9 @@ def subsample(frames):
 
 
 @torch.no_grad()
-def see_all(see, frames, device, size=500):
-    """Applies `see`, a function of images (B, 3, h, w), to uint8 frames (S, h, w, 3), `size` of them at a time."""
-    return torch.cat([see(to_tensor(frames[i : i + size], device)) for i in range(0, len(frames), size)])
+def in_batches(function, frames, device, size=500):
+    """Applies a function of images (B, 3, h, w) to uint8 frames (S, h, w, 3), `size` of them at a time."""
+    return torch.cat([function(to_tensor(frames[i : i + size], device)) for i in range(0, len(frames), size)])
 
 
 def gaussian_lowpass(samples, pixels, sigma):
@@ -134,7 +134,7 @@ class PCAEncoder(FrozenEncoder):
         self.register_buffer("axes", torch.zeros(3 * grid**2, dim))  # v_i / (s_i + c s_1)
 
     def fit(self, frames, seed=0):
-        y = see_all(self.filtered, frames, self.mean.device).flatten(1)  # (S, 3 * grid^2)
+        y = in_batches(self.filtered, frames, self.mean.device).flatten(1)  # (S, 3 * grid^2)
         self.mean.copy_(y.mean(0))
         variance, vectors = torch.linalg.eigh(torch.cov(y.T.double()))  # in ascending order
         std = variance.clamp(min=0).sqrt().flip(0)[: self.dim]
@@ -195,13 +195,13 @@ class VAEEncoder(FrozenEncoder):
 
     def fit(self, frames, seed=0, steps=2000, beta=0.01):
         device = self.mean.device
-        sample = see_all(self.filtered, subsample(frames), device)
+        sample = in_batches(self.filtered, subsample(frames), device)
         self.background.copy_(sample.mean(0))
         self.gain.copy_(0.5 / (sample - self.background).abs().amax())
         self.vae.requires_grad_(True)
         train_vae(self.vae, frames, steps, beta=beta, kl_tolerance=0, seed=seed, transform=self.contrast)
         self.freeze()
-        self.standardise(see_all(self.posterior_mean, frames, device))
+        self.standardise(in_batches(self.posterior_mean, frames, device))
         if not self.scale.any():
             raise UserError(f"{self.name} has collapsed: all frames have the same latent: try another --seed")
         return self
@@ -239,7 +239,7 @@ class VJEPATinyEncoder(FrozenEncoder):
         """Learns from clips of `clip_frames` consecutive frames. UserError if the tokens collapse."""
         device, T = self.mean.device, self.clip_frames
         sample = subsample(frames)
-        self.standardise(see_all(self.resize, sample, device))
+        self.standardise(in_batches(self.resize, sample, device))
 
         def draw():
             first = T * torch.randint(len(frames) // T, (batch_size,)).sort().values
@@ -248,7 +248,7 @@ class VJEPATinyEncoder(FrozenEncoder):
 
         vjepa.pretrain(self.vit, draw, self.grid, steps, momentum, seed)
         self.freeze()
-        std, rank = collapse_measures(see_all(self, sample, device))
+        std, rank = collapse_measures(in_batches(self, sample, device))
         measured = f"standard deviation {std:.3f} over the frames, effective rank {rank:.1f} of {self.dim}"
         print(f"{self.name}: {measured}")
         if std < 0.05 or rank < 2:

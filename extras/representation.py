@@ -144,8 +144,8 @@ def measure_controls(args, env_name, seed):
     """Returns the controls' success rates on the problems of a maze and a seed, which all encoders share. The model
     here never imagines anything: it only knows how the data's actions are spread, from which CEM draws."""
     dataset = data.open_dataset(data.default_folder(env_name, args.img_size))
-    spread = dataset.statistics(dataset.split()[0])
-    model = WorldModel(build_encoder("state"), spread["action"], spread["proprio"], depth=1)
+    statistics = dataset.statistics(dataset.split()[0])
+    model = WorldModel(build_encoder("state"), statistics["action"], statistics["proprio"], depth=1)
     env, settings = make_env(env_name, args.img_size), plan.settle(plan_args(args, seed), PLANNER["planner"], model)
     return plan.controls(env, *plan.get_problems(env, settings, model), model, settings)
 

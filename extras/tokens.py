@@ -10,7 +10,7 @@ weights are not there is left out. One that learns from frames is first fitted t
 import numpy as np
 
 from data import Windows, open_dataset
-from encoders import ENCODERS, build_encoder, see_all
+from encoders import ENCODERS, build_encoder, in_batches
 from lib.common import Parser, UserError, run_script
 from lib.pictures import principal_colours, write_rows
 from lib.worlds import EpisodePool
@@ -52,7 +52,7 @@ def main():
             if hasattr(encoder, "fit"):
                 encoder.fit(frames)
             label = f"{name}\n" + "random weights\n" * (weights == "random") + f"{encoder.num_patches} x {encoder.dim}"
-            rows[label] = principal_colours(see_all(encoder, frames[::LENGTH], "cpu", 10))[:SHOWN].numpy()
+            rows[label] = principal_colours(in_batches(encoder, frames[::LENGTH], "cpu", 10))[:SHOWN].numpy()
     write_rows(f"{args.out}/tokens.png", rows)
     print(f"wrote {args.out}/tokens.png")
 

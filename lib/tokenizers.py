@@ -15,7 +15,7 @@ from torch import nn
 from lib.common import fit
 
 
-def spread(see, frames):
+def some_features(see, frames):
     """Yields the features of at most 500 evenly spread frames, 50 frames at a time."""
     frames = frames[:: -(-len(frames) // 500)]
     return (see(frames[i : i + 50])[1] for i in range(0, len(frames), 50))
@@ -44,7 +44,7 @@ class DINOTok(nn.Module):
     def fit(self, see, frames, device, seed):
         """Computes the axes, and the codebooks if there are any, from 500 of the uint8 frames (S, H, W, 3)."""
         self.to(device)
-        f = torch.cat([torch.stack(some).flatten(1, 2) for some in spread(see, frames)], dim=1)  # (2, S * N, d)
+        f = torch.cat([torch.stack(some).flatten(1, 2) for some in some_features(see, frames)], dim=1)  # (2, S * N, d)
         self.mean.copy_(f.mean(1, keepdim=True))
         f -= self.mean
         variance, vectors = torch.linalg.eigh((f.mT @ f).double() / f.shape[1])  # in ascending order
@@ -118,7 +118,7 @@ class VFMVAE(nn.Module):
 
         fit(self.to(device).requires_grad_(True), loss, steps, 1e-3, seed, "train VFM-VAE")
         self.requires_grad_(False)
-        mu = torch.cat([self.posterior(some)[0] for some in spread(see, frames)]).flatten(0, 1)  # (S * N, dim)
+        mu = torch.cat([self.posterior(some)[0] for some in some_features(see, frames)]).flatten(0, 1)  # (S * N, dim)
         self.mean.copy_(mu.mean(0))
         self.scale.copy_(mu.std(0) + 0.1 * mu.std(0).max())  # so that a number that hardly varies is not blown up
         return self
