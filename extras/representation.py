@@ -48,11 +48,11 @@ from lib.worlds import ENVIRONMENTS, make_env
 from predictor import WorldModel
 
 SHIFTED, CONTROLS = "pointmaze", "controls"  # the maze that is shifted; what a job names instead of an encoder
-TRAINING = dict(img_size=64, steps=1000, batch_size=32, lr=1e-3)  # flags of train.py that are passed on, and defaults
+TRAINING = dict(img_size=64, steps=2000, batch_size=32, lr=1e-3)  # flags of train.py that are passed on, and defaults
 PLANNING = dict(n_evals=100, max_iter=3, num_samples=64, topk=16, opt_steps=4)  # and of plan.py
 PLANNER = dict(planner="mpc-icem", controls="random,oracle")
-QUICK = dict(env="pointmaze", seeds="0", n_evals=50, curve="none", name="study_quick")
-CURVE = 0.25, 0.5, 1, 2, 4  # the gradient steps of the curve's runs, as shares of --steps
+QUICK = dict(env="pointmaze", seeds="0", steps=1000, n_evals=50, curve="none", name="study_quick")
+CURVE = 0.25, 0.5, 1, 2  # the gradient steps of the curve's runs, as shares of --steps
 
 # The question that each pair of encoders answers. A pair is compared if both are in the study, and so is every encoder
 # with the first.
@@ -71,6 +71,10 @@ QUESTIONS = {
 def run_path(args, env, encoder, seed, steps):
     name = f"{env}_{encoder.replace('/', '-')}_{seed}"
     return Path("runs", args.name, name if steps == args.steps else f"{name}_{steps}")
+
+
+def middle(names):
+    return names[len(names) // 2]
 
 
 def flags(args, options, **own):
@@ -258,7 +262,7 @@ def write_tables(args, results, curve, path):
         tables[f"Differences in success; Bonferroni asks of {tests} tests that p < {0.05 / tests:.2g}"] = compared
     if curve:
         rows = [[f"{n}", f"{rates[0]:.2f}", f"{rates[-1]:.2f}"] for n, rates in curve.items()]
-        title = f"{args.curve} in {args.env[0]} with seed {args.seeds[0]}, by the number of gradient steps"
+        title = f"{args.curve} in {middle(args.env)} with seed {args.seeds[0]}, by the number of gradient steps"
         tables[title] = [["gradient steps", "within 1", f"within {args.max_iter}"], *rows]
     text = ""
     for title, rows in tables.items():
@@ -309,7 +313,8 @@ def get_args():
     add("--env", type=common.names(mazes), default=",".join(mazes[:3]), help="mazes to compare them in")
     add("--seeds", type=several(common.seed_number), default="0,1,2", help="seeds of training")
     add("--problems", type=common.seed_number, default=7000, help="seed of the problems, to which a run adds its own")
-    add("--curve", default="efficientnet", help="encoder that also learns the first maze with other numbers of steps")
+    curve = "encoder that also learns with other numbers of steps, in the middle one of the mazes"
+    add("--curve", default="efficientnet", help=curve)
     add("--shift", type=common.names(SHIFTS), default=",".join(SHIFTS), help=f"shifts of {SHIFTED} to plan with")
     add("--depth", type=positive, default=2, help="layers of the transition model")
     add("--drift", type=positive, default=10, help="number of model steps over which imagination is followed")
@@ -351,7 +356,7 @@ def main():
     names = [*args.encoder[::-1], CONTROLS]
     jobs = [(env, name, seed, args.steps) for seed in args.seeds for name in names for env in args.env]
     budgets = [round(share * args.steps) for share in CURVE] if args.curve in args.encoder else []
-    budgets = {n: (args.env[0], args.curve, args.seeds[0], n) for n in budgets if n}
+    budgets = {n: (middle(args.env), args.curve, args.seeds[0], n) for n in budgets if n}
     jobs = list(dict.fromkeys([*budgets.values(), *jobs]))
     measured = run_jobs(args, measure, {job: run_path(args, *job) for job in jobs}, "study")
     if RANK:
