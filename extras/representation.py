@@ -48,7 +48,7 @@ from lib.worlds import ENVIRONMENTS, make_env
 from predictor import WorldModel
 
 SHIFTED, CONTROLS = "pointmaze", "controls"  # the maze that is shifted; what a job names instead of an encoder
-TRAINING = dict(img_size=64, steps=2000, batch_size=32, lr=1e-3)  # flags of train.py that are passed on, and defaults
+TRAINING = dict(img_size=64, steps=2000, batch_size=32, lr=8e-3)  # flags of train.py that are passed on, and defaults
 PLANNING = dict(n_evals=100, max_iter=3, num_samples=64, topk=16, opt_steps=4)  # and of plan.py
 PLANNER = dict(planner="mpc-icem", controls="random,oracle")
 QUICK = dict(env="pointmaze", seeds="0", steps=1000, n_evals=50, curve="none", name="study_quick")
@@ -312,7 +312,7 @@ def get_args():
     add("--encoder", type=several(str), default=laptop, help="encoders, as ENCODER or ENCODER@WEIGHTS (see train.py)")
     add("--env", type=common.names(mazes), default=",".join(mazes[:3]), help="mazes to compare them in")
     add("--seeds", type=several(common.seed_number), default="0,1,2", help="seeds of training")
-    add("--problems", type=common.seed_number, default=7000, help="seed of the problems, to which a run adds its own")
+    add("--problems", type=common.seed_number, default=7100, help="seed of the problems, to which a run adds its own")
     curve = "encoder that also learns with other numbers of steps, in the middle one of the mazes"
     add("--curve", default="efficientnet", help=curve)
     add("--shift", type=common.names(SHIFTS), default=",".join(SHIFTS), help=f"shifts of {SHIFTED} to plan with")
