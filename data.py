@@ -32,7 +32,7 @@ from lib.pictures import write_strips
 from lib.worlds import ENVIRONMENTS, EpisodePool
 
 VERSION = 2  # of the format, and of how the mazes are drawn
-EPISODES, STEPS = 2000, 20  # of a data set, and rows of an episode, if nothing else is asked for
+EPISODES, STEPS = 2000, 20  # episodes of a data set and rows of an episode, where no flag says otherwise
 
 
 def default_folder(env, img_size):

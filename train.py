@@ -69,7 +69,7 @@ def train(args):
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     system = system_class(args.system) if args.system else None
-    weights = args.weights if resumed is None else "random"  # the run has the encoder's, too
+    weights = args.weights if resumed is None else "random"  # a resumed run holds them
     encoder = None if system else build_encoder(args.encoder, encoder_img_size(args), weights)
     single = not system and encoder.num_patches == 1
     sizes = args.sizes if system else transition_sizes(args, single)

@@ -104,7 +104,7 @@ def moving(x, before):
 
 
 def frames_and_motion(frames, index, starts, device):
-    """The frames `index` as images (B, 3, H, W), and how much they move, (B, 1, H, W); nothing does at `starts`."""
+    """Images (B, 3, H, W) of frames `index`, and how much each pixel moves, (B, 1, H, W). At the `starts` none does."""
     x, before = (to_tensor(frames[i], device) for i in (index, np.where(np.isin(index, starts), index, index - 1)))
     return x, moving(x, before)
 

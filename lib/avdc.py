@@ -195,7 +195,7 @@ class AVDC(System):
         return F.pixel_shuffle(self.unet(F.pixel_unshuffle(x, PATCH), t, condition), PATCH)
 
     def loss(self, batch, *_):
-        """Frames (B, T, H, W, 3) and actions (B, T, A) -> the loss and its parts."""
+        """Frames (B, T, H, W, 3) and actions (B, T, A) -> the loss and its parts: of videos, and of actions."""
         frames, now = self.small(batch["visual"]), PAST - 1
         video, known = frames[:, PAST:], torch.cat([frames[:, :PAST], frames[:, -1:]], 1)
         visual = self.diffusion.loss(self.network, video, known)
