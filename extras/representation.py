@@ -48,6 +48,7 @@ from lib.worlds import ENVIRONMENTS, make_env
 from predictor import WorldModel
 
 SHIFTED, CONTROLS = "pointmaze", "controls"  # the maze that is shifted; what a job names instead of an encoder
+LOOKS = "colours", "light", "camera"  # the shifts that change how the whole frame looks, which are compared as one
 TRAINING = dict(img_size=64, steps=2000, batch_size=32, lr=8e-3)  # flags of train.py that are passed on, and defaults
 PLANNING = dict(n_evals=100, max_iter=3, num_samples=64, topk=16, opt_steps=4)  # and of plan.py
 PLANNER = dict(planner="mpc-icem", controls="random,oracle")
@@ -191,13 +192,6 @@ def pooled(rates, n_evals):
     return solved / n, np.array(reports.wilson(solved, n))
 
 
-def cell(values, digits=2):
-    """The mean of values (seeds,), and half the width of its 95 % interval (Student's t)."""
-    n = len(values)
-    half = stats.t.ppf(0.975, n - 1) * np.std(values, ddof=min(1, n - 1)) / np.sqrt(n)
-    return f"{np.mean(values):.{digits}f}" + (f" ± {half:.{digits}f}" if n > 1 else "")
-
-
 def stack(runs):
     """Turns dictionaries of numbers, one for each seed, into a dictionary of arrays (seeds, ...)."""
     return {k: stack([run[k] for run in runs]) for k in runs[0]} if isinstance(runs[0], dict) else np.array(runs)
@@ -209,23 +203,39 @@ def mcnemar(one, other):
     return stats.binomtest(b, b + c).pvalue if b + c else 1.0
 
 
-def summary_rows(args, results, env):
-    """A row for each control and encoder in a maze. Brackets are over all goals, and every ± is over seeds."""
-    shifts = results[env, args.encoder[0]]["shift"]
-    header = ["encoder", "tokens", "within 1", f"within {args.max_iter}", *(f"with {shift}" for shift in shifts)]
-    header += ["latent error", f"drift at {args.drift}", "probe x, y", "probe vx, vy", "distance", "train s", "plan s"]
-    rows = [header]
-    for name, rates in results[env, CONTROLS].items():
-        cells = reports.rate_cells(*pooled(rates[:, [0, -1]], args.n_evals))
-        rows.append([name, "", *cells, *[""] * (len(header) - 4)])
+def success_rows(args, results):
+    """A row for each control and encoder: which share of the goals of all seeds it reaches in each maze."""
+    first, rows = {name: results[args.env[0], name] for name in args.encoder}, []
+    rates = {who: [results[env, CONTROLS][name] for env in args.env] for name, who in plan.CONTROLS.items()}
+    rates |= {name: [results[env, name]["success"].mean(2) for env in args.env] for name in args.encoder}
+    for name, mazes in rates.items():
+        tokens = f"{first[name]['tokens'][0]} × {first[name]['dim'][0]}" if name in first else ""
+        cells = reports.rate_cells(*pooled(np.concatenate([maze[:, [0, -1]] for maze in mazes], 1), args.n_evals))
+        rows.append([name, tokens, *cells])
+    return [["encoder", "tokens", *(f"{env}, within {k}" for env in args.env for k in (1, args.max_iter))], *rows]
+
+
+def shift_rows(args, results, env):
+    """A row for each encoder: success within one plan in a maze, plain and with each shift."""
+    rows = [["encoder", "plain", *results[env, args.encoder[0]]["shift"]]]
     for encoder in args.encoder:
         run = results[env, encoder]
-        rates = [run["success"][:, 0], run["success"][:, -1], *(run["shift"][shift] for shift in shifts)]
-        row = [encoder, f"{run['tokens'][0]} × {run['dim'][0]}"]
-        row += reports.rate_cells(*pooled(np.mean(rates, 2).T, args.n_evals))
-        row += [cell(run["latent_error"], 3), cell(run["drift"]["model"][:, -1])]
-        row += [cell(run["probe"][:, :2].mean(1)), cell(run["probe"][:, 2:].mean(1)), cell(run["distance"])]
-        rows.append(row + [f"{run[key].mean():.0f}" for key in ("train_seconds", "plan_seconds")])
+        rates = [run["success"][:, 0].mean(1), *(solved.mean(1) for solved in run["shift"].values())]
+        rows.append([encoder, *reports.rate_cells(*pooled(np.transpose(rates), args.n_evals))])
+    return rows
+
+
+def measure_rows(args, results):
+    """A row for each encoder: what else was measured, as means over the seeds, one for each maze."""
+    header = ["encoder", "latent error", f"drift at {args.drift}", "probe x, y", "probe vx, vy", "distance"]
+    rows = [[*header, "train s", "plan s"]]
+    for encoder in args.encoder:
+        mazes = []
+        for run in (results[env, encoder] for env in args.env):
+            measured = run["latent_error"], run["drift"]["model"][:, -1], run["probe"][:, :2], run["probe"][:, 2:]
+            measured = [f"{values.mean():.2f}" for values in (*measured, run["distance"])]
+            mazes.append(measured + [f"{run[key].mean():.0f}" for key in ("train_seconds", "plan_seconds")])
+        rows.append([encoder, *map(", ".join, zip(*mazes, strict=True))])
     return rows
 
 
@@ -235,7 +245,10 @@ def outcomes(args, results, encoder):
     solved = {f"{env}, within 1": run["success"][:, 0] for env, run in runs.items()}
     solved["all, within 1"] = np.concatenate(list(solved.values()))
     solved[f"all, within {args.max_iter}"] = np.concatenate([run["success"][:, -1] for run in runs.values()])
-    return solved | {f"with {shift}": each for run in runs.values() for shift, each in run["shift"].items()}
+    shifts = {name: each for run in runs.values() for name, each in run["shift"].items()}
+    if looks := [each for name, each in shifts.items() if name in LOOKS]:
+        solved["with another look"] = np.concatenate(looks, 1)
+    return solved | {f"with {name}": each for name, each in shifts.items() if name not in LOOKS}
 
 
 def comparison_rows(args, results):
@@ -254,8 +267,12 @@ def comparison_rows(args, results):
 
 
 def write_tables(args, results, curve, path):
-    """Writes a table for each maze, one of the comparisons, and one of success by the number of gradient steps."""
-    tables = {f"{env}, {args.n_evals} goals per seed": summary_rows(args, results, env) for env in args.env}
+    """Writes tables of what all runs measured, of the comparisons, and of success by the number of gradient steps."""
+    goals = f"{args.n_evals} goals in each maze for each of {len(args.seeds)} seeds"
+    tables = {f"Success, {goals}": success_rows(args, results)}
+    if SHIFTED in args.env:
+        tables[f"Success within 1 in {SHIFTED}, plain and with each shift"] = shift_rows(args, results, SHIFTED)
+    tables[f"Measured in {', '.join(args.env)}"] = measure_rows(args, results)
     compared = comparison_rows(args, results)
     if pairs := len(compared) - 1:
         tests = pairs * (len(compared[0]) - 3)  # columns with a p-value
