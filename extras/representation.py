@@ -7,7 +7,7 @@ after a single plan, in larger mazes, and in a world that looks different from t
     success       which problems are solved within 1, 2, ... MPC iterations; with each shift, within one
     latent error  the error of the predicted next latent, divided by the error of predicting no change
     drift         the error of the latent imagined h steps ahead, divided by its variance (extras/horizon.py)
-    probe         R^2 of (x, y, vx, vy), read off the tokens of one frame by ridge regression
+    probe         R^2 of the ball's place (x, y), read off the tokens of one frame by ridge regression
     distance      rank correlation of the distance between two frames' tokens with that of the balls, up to 2 m
     train, plan   the seconds of the training loop, without fitting and encoding, and of loading the model and planning
                   without a shift
@@ -125,7 +125,7 @@ def measure(args, env_name, encoder, seed, steps):
     dataset = data.open_dataset(model.world["data"])
     rows = [r[:: -(-len(r) // most)] for r, most in zip(map(dataset.rows, dataset.split()), (4000, 1000), strict=True)]
     tokens = data.token_cache(model.encoder, dataset, device)
-    result["probe"] = linear_probe(tokens, dataset.states, rows)
+    result["probe"] = linear_probe(tokens, dataset.states[:, :2], rows)
     result["distance"] = distance_correlation(tokens[rows[1]], dataset.states[rows[1]])
     return result
 
@@ -227,14 +227,13 @@ def shift_rows(args, results, env):
 
 def measure_rows(args, results):
     """A row for each encoder: what else was measured, as means over the seeds, one for each maze."""
-    header = ["encoder", "latent error", f"drift at {args.drift}", "probe x, y", "probe vx, vy", "distance"]
-    rows = [[*header, "train s", "plan s"]]
+    rows = [["encoder", "latent error", f"drift at {args.drift}", "probe", "distance", "train s", "plan s"]]
     for encoder in args.encoder:
         mazes = []
         for run in (results[env, encoder] for env in args.env):
-            measured = run["latent_error"], run["drift"]["model"][:, -1], run["probe"][:, :2], run["probe"][:, 2:]
-            measured = [f"{values.mean():.2f}" for values in (*measured, run["distance"])]
-            mazes.append(measured + [f"{run[key].mean():.0f}" for key in ("train_seconds", "plan_seconds")])
+            measured = run["latent_error"], run["drift"]["model"][:, -1], run["probe"], run["distance"]
+            seconds = [f"{run[key].mean():.0f}" for key in ("train_seconds", "plan_seconds")]
+            mazes.append([f"{values.mean():.2f}" for values in measured] + seconds)
         rows.append([encoder, *map(", ".join, zip(*mazes, strict=True))])
     return rows
 

@@ -139,7 +139,7 @@ def test_the_study_measures_every_run_once(workplace, script, here):
     root = workplace / "runs" / "study"
     rows = [line.split(" | ") for line in (root / "table.md").read_text().splitlines() if line.startswith("| pca |")]
     success, shifted, measured = rows
-    assert success[1] == "1 × 32" and [len(rows) for rows in (success, shifted, measured)] == [4, 3, 8]
+    assert success[1] == "1 × 32" and [len(rows) for rows in (success, shifted, measured)] == [4, 3, 7]
     assert success[2] == shifted[1] and float(measured[3]) > 0.7  # within one plan; the ball's place
     assert (root / "study.png").exists() and "| true simulator |" in out
     result = json.loads((root / "pointmaze_pca_1" / "study.json").read_text())
